@@ -1,0 +1,290 @@
+"""experiments.toml -> a frozen, validated Config.
+
+An experiment states only what it changes: its values are laid over those of the one it `extends`, and at the root
+over [defaults], which states every key. So this file holds types and ranges, and no default values.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+EXPERIMENTS = Path(__file__).with_name("experiments.toml")
+
+
+class ConfigError(ValueError):
+    """One line: file, key, what is wrong, and the nearest valid name where there is one."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a finite number."""
+    ge: float = -math.inf
+    le: float = math.inf
+    gt: float = -math.inf
+    lt: float = math.inf
+
+    def __contains__(self, x: float) -> bool:
+        return math.isfinite(x) and self.ge <= x <= self.le and self.gt < x < self.lt
+
+    def __str__(self) -> str:
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        limits = [f"{sign} {getattr(self, k)}" for k, sign in signs.items() if math.isfinite(getattr(self, k))]
+        return " and ".join(["finite", *limits] if not limits else limits)
+
+
+Count = Annotated[int, Range(ge=1)]
+Sampler = Literal["ddpm", "ddim"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: Literal["cifar10", "shapes"]
+    root: str                                       # folder that holds cifar-10-batches-py
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    base_channels: Annotated[int, Range(ge=4)]      # channels at 32x32; a multiple of the GroupNorm groups
+    channel_mults: tuple[Count, ...]                # one per resolution: 32, 16, 8, ...
+    num_res_blocks: Count                           # per resolution on the way down; one more on the way up
+    attn_resolutions: tuple[Count, ...]             # resolutions whose blocks end in attention
+    dropout: Annotated[float, Range(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    beta_schedule: Literal["linear", "cosine"]
+    num_timesteps: Count                            # T
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    weighting: Literal["constant", "minsnr", "minsnr_norm"]
+    gamma: Annotated[float, Range(gt=0)]            # of the two Min-SNR weightings; constant has none
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    total_steps: Count
+    batch_size: Count
+    lr: Annotated[float, Range(gt=0)]               # of Adam, constant
+    grad_clip: Annotated[float, Range(gt=0)]        # largest global L2 norm of the gradient
+    amp: bool                                       # mixed precision, where the device is CUDA
+    checkpoint_every: Count                         # steps
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: Annotated[float, Range(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: Count                                    # steps
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    every: Count                                    # steps; and once at the end
+    n: Annotated[int, Range(ge=1, le=10_000)]
+    sampler: Sampler
+    nfe: Count
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: Count                                    # steps between milestones; and once at the end
+    profile_images: Annotated[int, Range(ge=1, le=1024)]  # held-out images of the per-t profile
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved experiment. Its sections are the tables of experiments.toml."""
+    exp: str
+    title: str
+    question: str
+    seed: Annotated[int, Range(ge=0, lt=2**63)]
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    loss: LossConfig
+    train: TrainConfig
+    ema: EmaConfig
+    log: LogConfig
+    grid: GridConfig
+    eval: EvalConfig
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """{"train.lr": 0.0001, ...}: every leaf of the config under its dotted key."""
+    return _flatten(dataclasses.asdict(config))
+
+
+def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _leaves(cls: type = Config, prefix: str = "") -> dict[str, object]:
+    """Dotted key -> type, for every key that a config has."""
+    leaves = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        leaves |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return leaves
+
+
+LEAVES = _leaves()
+PER_EXPERIMENT = ("title", "question")              # each experiment's own: neither inherited nor overridden
+SETTABLE = [key for key in LEAVES if key not in ("exp", *PER_EXPERIMENT)]
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(names)}"
+
+
+def _convert(value: object, hint: object) -> object:
+    """value as the type `hint` says, or ValueError with the reason."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = _convert(value, args[0])
+        if value not in args[1]:
+            raise ValueError(f"{value} is out of range, must be {args[1]}")
+        return value
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"unknown value {value!r}{_nearest(str(value), args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{value!r} is not a list")
+        return tuple(_convert(v, args[0]) for v in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # type(), since True is an int to isinstance
+        raise ValueError(f"{value!r} is not of type {hint.__name__}")
+    return value
+
+
+def _build(cls: type, values: dict[str, object], prefix: str = ""):
+    """The dataclass cls from converted flat values."""
+    return cls(**{name: _build(hint, values, f"{prefix}{name}.") if dataclasses.is_dataclass(hint)
+                  else values[prefix + name] for name, hint in typing.get_type_hints(cls).items()})
+
+
+def _conflicts(v: dict[str, object]):
+    """Yield (key, reason) for values that are in range alone but not together."""
+    base, groups = v["model.base_channels"], min(32, v["model.base_channels"] // 4)
+    if base % 2 or base % groups:
+        yield "model.base_channels", f"{base} must be even and divisible by its {groups} GroupNorm groups"
+    levels = len(v["model.channel_mults"])
+    if not 1 <= levels <= 6:
+        yield "model.channel_mults", f"{levels} levels; 32x32 images allow 1 to 6"
+    resolutions = [32 >> i for i in range(levels)]
+    for r in v["model.attn_resolutions"]:
+        if r not in resolutions:
+            yield "model.attn_resolutions", f"{r} is not among this network's resolutions {resolutions}"
+    for key in ("grid.nfe",):
+        if v[key] > v["diffusion.num_timesteps"]:
+            yield key, f"{v[key]} exceeds diffusion.num_timesteps = {v['diffusion.num_timesteps']}"
+
+
+def _resolve(raw: dict[str, tuple[object, str]], file: str) -> Config:
+    """Build a Config from flat {key: (value, who set it)}."""
+    for key in raw:
+        if key not in LEAVES:
+            raise ConfigError(f"{file}: {raw[key][1]}: unknown key {key}{_nearest(key, SETTABLE)}")
+    for key in LEAVES:
+        if key not in raw:
+            raise ConfigError(f"{file}: {key} is missing" + (" in [defaults]" if key in SETTABLE else ""))
+    values = {}
+    for key, hint in LEAVES.items():
+        try:
+            values[key] = _convert(raw[key][0], hint)
+        except ValueError as error:
+            raise ConfigError(f"{file}: {raw[key][1]}: {key}: {error}") from None
+    for key, reason in _conflicts(values):
+        raise ConfigError(f"{file}: {raw[key][1]}: {key}: {reason}")
+    return _build(Config, values)
+
+
+def config_from_dict(table: dict, file: str) -> Config:
+    """A Config from the nested dict that config.json and checkpoints hold, validated again."""
+    return _resolve({key: (value, "config") for key, value in _flatten(table).items()}, file)
+
+
+def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
+    """[defaults], the experiments by name, and the file's name."""
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # TOML and UTF-8 errors alike
+        raise ConfigError(f"{path.name}: {error}") from None
+    for name in tables:
+        if name not in ("defaults", "experiments"):
+            raise ConfigError(f"{path.name}: unknown table {name}{_nearest(name, ['defaults', 'experiments'])}")
+    defaults, experiments = tables.get("defaults", {}), tables.get("experiments", {})
+    for where, table in {"defaults": defaults, "experiments": experiments, **experiments}.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path.name}: {where}: must be a table")
+    return defaults, experiments, path.name
+
+
+def list_experiments(path: str | Path = EXPERIMENTS) -> list[str]:
+    """The names of all experiments, in the order of the file."""
+    return list(_read(path)[1])
+
+
+def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of experiment `exp`, with overrides such as "train.total_steps=300" laid over it.
+
+    An override's value is read as TOML, and as a bare string where it is not TOML. Raises ConfigError.
+    """
+    defaults, experiments, file = _read(path)
+    chain, name = [], exp
+    while name is not None:
+        if name not in experiments:
+            by = f"[experiments.{chain[-1]}]: extends: " if chain else ""
+            raise ConfigError(f"{file}: {by}unknown experiment {name!r}{_nearest(str(name), list(experiments))}")
+        if name in chain:
+            raise ConfigError(f"{file}: [experiments.{name}]: extends: inheritance loop "
+                              f"{' -> '.join([*chain[chain.index(name):], name])}")
+        chain.append(name)
+        name = experiments[name].get("extends")
+
+    raw = {key: (value, "[defaults]") for key, value in _flatten(defaults).items()}
+    for name in reversed(chain):
+        own = {key: value for key, value in _flatten(experiments[name]).items()
+               if key != "extends" and (name == exp or key not in PER_EXPERIMENT)}
+        raw |= {key: (value, f"[experiments.{name}]") for key, value in own.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"{file}: --set {override}: must read KEY=VALUE")
+        if key not in SETTABLE:
+            raise ConfigError(f"{file}: --set {override}: unknown key {key}{_nearest(key, SETTABLE)}")
+        raw[key] = (_override_value(text), f"--set {override}")
+    raw["exp"] = (exp, "name")
+
+    config = _resolve(raw, file)
+    if config.loss.weighting == "constant" and raw["loss.gamma"][1].startswith("--set"):
+        raise ConfigError(f"{file}: {raw['loss.gamma'][1]}: loss.gamma has no effect with loss.weighting = constant")
+    return config
+
+
+def _override_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
