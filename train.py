@@ -1,0 +1,381 @@
+"""Train one experiment of experiments.toml.
+
+    python train.py --exp smoke                                        about a minute, no data, no network
+    python train.py --exp E8c --data-root DIR                          the real thing, into runs/E8c/seed1077
+    python train.py --exp E8c --set loss.gamma=3 --seed 1 --out runs_gamma3
+    python train.py --exp E8c --resume                                 go on from the last checkpoint
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import append_jsonl, filter_jsonl, load_checkpoint, replace_file, save_checkpoint
+from config import Config, config_from_dict, flatten, list_experiments, load_config
+from data import batch_indices, load_images, save_grid, to_model_range
+from diffusion import Diffusion
+from evaluate import (
+    CHUNK,
+    PROFILE_POINTS,
+    RunError,
+    add_device_option,
+    build,
+    check_device,
+    profile_record,
+    run_script,
+    sample_images,
+)
+from model import UNet
+from rng import generator, seed_global
+from weighting import loss_weights
+
+LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "timing.jsonl")
+
+
+# ---- one training step ----
+
+@dataclass
+class State:
+    """Everything that a checkpoint holds: training goes on from it bit for bit."""
+    step: int                               # updates done
+    model: UNet
+    ema: UNet                               # exponential moving average of model's weights, always in eval mode
+    optimizer: torch.optim.Adam
+    scaler: torch.amp.GradScaler            # does nothing unless training runs in fp16
+    window: Tensor                          # float64 (2,): sums of loss and eps_mse since the last log line
+
+    def state_dict(self, config: Config) -> dict:
+        return {"config": dataclasses.asdict(config), "step": self.step, "model": self.model.state_dict(),
+                "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "window": self.window}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.step, self.window = saved["step"], saved["window"]
+        for name in ("model", "ema", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+
+
+def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for plain fp32: bf16 where the GPU has it, else fp16."""
+    if not config.train.amp or device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def new_state(config: Config, device: torch.device) -> tuple[State, Diffusion]:
+    seed_global(config.seed, "init")
+    model, diffusion = build(config, device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config, device) == torch.float16)
+    window = torch.zeros(2, dtype=torch.float64, device=device)
+    return State(0, model, ema, optimizer, scaler, window), diffusion
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """Decay of update `step` (from 0), warmed up so that the random initial weights are soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema: UNet, model: UNet, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model. The network has parameters only, no buffers."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """One update of model, optimiser and EMA on the batch that (seed, state.step) determines.
+
+    w: float32 (T,), the loss weights. images: uint8 (N, 3, 32, 32). Returns what the log needs, on the device:
+    loss, eps_mse and grad_norm, each (), and t (B,).
+    """
+    seed, step, device = config.seed, state.step, images.device
+    indices = batch_indices(seed, step, config.train.batch_size, len(images))
+    x_0 = to_model_range(images[indices.to(device)])  # (B, 3, 32, 32)
+    t = torch.randint(diffusion.T, (len(x_0),), generator=generator(seed, "t", step)).to(device)
+    eps = torch.randn(x_0.shape, generator=generator(seed, "eps", step)).to(device)
+    seed_global(seed, "dropout", step, device)
+
+    dtype = amp_dtype(config, device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        eps_mse = diffusion.eps_mse(state.model, x_0, t, eps)  # (B,)
+    loss = (w[t] * eps_mse).mean()  # the one line in which the arms of the study differ
+
+    state.optimizer.zero_grad()
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)  # before clipping, which must see the true gradient
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.train.grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    update_ema(state.ema, state.model, ema_decay(config.ema.decay, step))
+
+    state.step += 1
+    loss, eps_mse = loss.detach(), eps_mse.detach().mean()
+    state.window += torch.stack([loss, eps_mse])
+    return {"loss": loss, "eps_mse": eps_mse, "grad_norm": grad_norm, "t": t}
+
+
+def log_record(config: Config, state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, Tensor]) -> dict:
+    """One line of loss.jsonl: the batch of this step, and the window's means since the line before."""
+    snr, window = diffusion.snr[batch["t"]], (state.window / config.log.every).tolist()
+    state.window.zero_()
+    return {"step": state.step,
+            "train/loss": batch["loss"].item(), "train/eps_mse": batch["eps_mse"].item(),
+            "train/loss_mean": window[0], "train/eps_mse_mean": window[1],
+            "train/grad_global_L2": batch["grad_norm"].item(), "train/weight_mean": w[batch["t"]].mean().item(),
+            "snr/mean": snr.mean().item(), "snr/min": snr.min().item(), "snr/max": snr.max().item()}
+
+
+# ---- one run ----
+
+def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, held_out: Tensor,
+          saved: dict | None) -> None:
+    """Train from `saved` (a checkpoint's content, or None for step 0) to config.train.total_steps.
+
+    images, held_out: uint8 (N, 3, 32, 32). Each step ends with what is due at it, the checkpoint last: so all lines
+    up to a checkpoint's step are complete, and those past it are dropped on resume and made again.
+    """
+    state, diffusion = new_state(config, device)
+    if saved is not None:
+        state.load_state_dict(saved)
+    images, total = images.to(device), config.train.total_steps
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+
+    seconds = Counter()
+
+    @contextmanager
+    def timed(phase):
+        start = time.perf_counter()
+        yield
+        seconds[phase] += time.perf_counter() - start
+
+    progress = tqdm(total=total, initial=state.step, desc=config.exp, unit="step", disable=None)
+    while state.step < total:
+        with timed("train"):
+            batch = train_step(config, state, diffusion, w, images)
+            if not math.isfinite(batch["grad_norm"]):
+                raise FloatingPointError(f"step {state.step}: loss {batch['loss'].item()}, gradient norm "
+                                         f"{batch['grad_norm'].item()}; the last checkpoint is untouched")
+        step, last = state.step, state.step == total
+        progress.update()
+
+        if step % config.log.every == 0:
+            record = log_record(config, state, diffusion, w, batch)
+            append_jsonl(run_dir / "loss.jsonl", record)
+            progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
+        if step % config.eval.every == 0 or last:
+            with timed("evaluate"):
+                evaluate_step(config, state, diffusion, held_out, run_dir)
+        if step % config.grid.every == 0 or last:
+            with timed("grid"):
+                draw_grid(config, state, diffusion, run_dir)
+        if step % config.train.checkpoint_every == 0 or last:
+            with timed("checkpoint"):
+                save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
+        if step % config.log.every == 0 or last:
+            images_per_second = config.train.batch_size * config.log.every / seconds["train"]
+            append_jsonl(run_dir / "timing.jsonl", {"step": step, "images_per_second": images_per_second,
+                                                    **{f"seconds/{phase}": s for phase, s in seconds.items()}})
+            seconds.clear()
+    progress.close()
+
+
+def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: Tensor, run_dir: Path) -> None:
+    """Append the per-t profile, and a milestone's and the end's line of results."""
+    profile = profile_record(state.step, state.model, state.ema, diffusion, held_out)
+    append_jsonl(run_dir / "per_t.jsonl", profile)
+    means = {f"val/{key}": sum(profile[key]) / len(profile[key]) for key in ("eps_mse_raw", "eps_mse_ema")}
+    if state.step % config.eval.every == 0:
+        append_jsonl(run_dir / "results.jsonl", {"step": state.step, "final": False, **means})
+    if state.step == config.train.total_steps:
+        append_jsonl(run_dir / "results.jsonl", {"step": state.step, "final": True, **means})
+
+
+def draw_grid(config: Config, state: State, diffusion: Diffusion, run_dir: Path) -> None:
+    """EMA samples from the same noise at every step, so that the grids of a run show one picture forming."""
+    grid = config.grid
+    samples = sample_images(state.ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, progress="grid")
+    (run_dir / "grids").mkdir(exist_ok=True)
+    save_grid(samples, run_dir / "grids" / f"step_{state.step:06d}_{grid.sampler}{grid.nfe}.png")
+
+
+# ---- the run directory ----
+
+def environment(device: torch.device) -> dict:
+    """What besides config and seed may change a result: for env.json."""
+    def git(*command):
+        try:
+            out = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return out.stdout.strip() if out.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(), "command": " ".join(sys.argv)}
+
+
+def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | None:
+    """The checkpoint to go on from, or None where the run was stopped before its first. Raises RunError."""
+    if not (run_dir / "config.json").exists():
+        raise RunError(f"{run_dir}: no run to resume; drop --resume to start it")
+    if not (run_dir / "checkpoints").exists():
+        print(f"{run_dir}: stopped before its first checkpoint; starting from step 0")
+        return None
+    saved = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
+    old, new = flatten(config_from_dict(saved["config"], str(run_dir))), flatten(config)
+    for key in old:
+        if old[key] != new[key] and key not in ("train.total_steps", "data.root"):
+            raise RunError(f"{run_dir}: its checkpoint has {key} = {old[key]}, this command {new[key]}; "
+                           f"give --set {key}={old[key]}, or another --out")
+    if saved["step"] > config.train.total_steps:
+        raise RunError(f"{run_dir}: its checkpoint is at step {saved['step']}, past train.total_steps = "
+                       f"{config.train.total_steps}")
+    return saved
+
+
+def rewind_logs(config: Config, run_dir: Path, step: int) -> None:
+    """Drop what a run that reached `step` without stopping would not have written by then."""
+    total = config.train.total_steps
+
+    def keep(record):
+        return record["step"] <= step and (not record["final"] or record["step"] == total)
+
+    for name in LOGS:
+        due = config.eval.every if name in ("results.jsonl", "per_t.jsonl") else 1
+        filter_jsonl(run_dir / name, lambda record, due=due: keep({"final": False, **record})
+                     and (record["step"] % due == 0 or record["step"] == total))
+
+
+def prepare(config: Config, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> dict | None:
+    """Make run_dir ready and return the checkpoint to go on from, or None. Raises RunError before it writes."""
+    saved = resumable(config, run_dir, device) if resume else None
+    env_path, env = run_dir / "env.json", environment(device)
+    if resume:
+        rewind_logs(config, run_dir, 0 if saved is None else saved["step"])
+        first = json.loads(env_path.read_text()) if env_path.exists() else env
+        env = {**first, "resumed": [*first.get("resumed", []), env]}
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        if not overwrite:
+            raise RunError(f"{run_dir}: exists; --resume goes on with it, --overwrite deletes it, --out DIR goes "
+                           "elsewhere")
+        if not (run_dir / "config.json").exists():
+            raise RunError(f"{run_dir}: not a run directory (no config.json), so --overwrite leaves it alone")
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_file(env_path, json.dumps(env, indent=2).encode())
+    replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
+    return saved
+
+
+# ---- the command ----
+
+def describe(config: Config, model: UNet) -> str:
+    """The resolved config, a key a line, and the size of the network."""
+    lines = [f"{key} = {value}" for key, value in flatten(config).items()]
+    return "\n".join([*lines, f"parameters = {sum(p.numel() for p in model.parameters()):,}"])
+
+
+def dry_run(config: Config, device: torch.device) -> None:
+    """Print the resolved config and what each phase will cost, from a few steps on random images."""
+    def seconds_of(work, repeats):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return sorted(times)[len(times) // 2]
+
+    state, diffusion = new_state(config, device)
+    print(describe(config, state.model))
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+    images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
+    per_step = seconds_of(lambda: train_step(config, state, diffusion, w, images), 7)
+    n = min(CHUNK, config.grid.n)
+    per_call = seconds_of(lambda: sample_images(state.ema, diffusion, n, "ddim", 1, config.seed), 3) / n
+
+    total = config.train.total_steps
+    evaluations, grids = math.ceil(total / config.eval.every), math.ceil(total / config.grid.every)
+    profile_calls = 2 * min(PROFILE_POINTS, diffusion.T) * config.eval.profile_images
+    phases = [("train", total, "steps", per_step),
+              ("per-t profile", evaluations, "times", profile_calls * per_call),
+              ("grid", grids, "times", config.grid.n * config.grid.nfe * per_call)]
+    print(f"\nestimate on {device}, {torch.get_num_threads()} threads:")
+    for phase, count, unit, each in phases:
+        print(f"  {phase:14s} {count:>7,} {unit} x {each:9.3f} s = {count * each / 60:8.1f} min")
+    print(f"  {'all':14s} {sum(count * each for _, count, _, each in phases) / 60:46.1f} min")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--exp", help="an experiment of experiments.toml, such as E8c")
+    what.add_argument("--list", action="store_true", help="print the experiments and exit")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a key of the config; repeatable")
+    parser.add_argument("--seed", type=int, help="short for --set seed=SEED")
+    parser.add_argument("--data-root", help="short for --set data.root=DATA_ROOT")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="the run goes to OUT/EXP/seedSEED")
+    add_device_option(parser)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the resolved config and an estimate of its cost; write nothing")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same place")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.list:
+        for name in list_experiments():
+            print(f"{name:6s} {load_config(name).title}")
+        return 0
+    overrides = list(args.set)
+    if args.seed is not None:
+        overrides.append(f"seed={args.seed}")
+    if args.data_root is not None:
+        overrides.append(f"data.root={json.dumps(args.data_root)}")
+    config, device = load_config(args.exp, overrides=overrides), check_device(args.device)
+    if args.dry_run:
+        dry_run(config, device)
+        return 0
+
+    # All that can be refused is refused before anything is written.
+    run_dir = args.out / config.exp / f"seed{config.seed}"
+    images = load_images(config.data.name, config.data.root, train=True)
+    held_out = load_images(config.data.name, config.data.root, train=False)[:config.eval.profile_images]
+    saved = prepare(config, run_dir, device, args.resume, args.overwrite)
+    if config.train.amp and device.type != "cuda":
+        print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")
+    try:
+        train(config, run_dir, device, images, held_out, saved)
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{config.exp}: {config.train.total_steps} steps done; see {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
