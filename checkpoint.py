@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def _load(path: Path, device) -> dict:
     payload, digest = content[:-32], content[-32:]
     if hashlib.sha256(payload).digest() != digest:
         raise CheckpointError(f"{path}: damaged (its SHA-256 digest does not match)")
-    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    try:
+        return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of weights alone ({str(error).splitlines()[0]})") from None
 
 
 def load_checkpoint(folder: Path, device="cpu", warn: Callable[[str], None] = print) -> dict:

@@ -35,7 +35,7 @@ class Range:
     def __str__(self) -> str:
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         limits = [f"{sign} {getattr(self, k)}" for k, sign in signs.items() if math.isfinite(getattr(self, k))]
-        return " and ".join(["finite", *limits] if not limits else limits)
+        return " and ".join(limits or ["finite"])
 
 
 Count = Annotated[int, Range(ge=1)]
@@ -234,9 +234,12 @@ def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
         if name not in ("defaults", "experiments"):
             raise ConfigError(f"{path.name}: unknown table {name}{_nearest(name, ['defaults', 'experiments'])}")
     defaults, experiments = tables.get("defaults", {}), tables.get("experiments", {})
-    for where, table in {"defaults": defaults, "experiments": experiments, **experiments}.items():
+    for where, table in [("defaults", defaults), ("experiments", experiments)]:
         if not isinstance(table, dict):
             raise ConfigError(f"{path.name}: {where}: must be a table")
+    for name, table in experiments.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path.name}: experiments.{name}: must be a table")
     return defaults, experiments, path.name
 
 

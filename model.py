@@ -165,7 +165,8 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t (B, 3, 32, 32), t (B,) int64 in [0, T) -> eps_hat (B, 3, 32, 32)."""
-        emb = F.silu(self.time_mlp(timestep_embedding(t, self.base_channels)))  # (B, 4 * base_channels)
+        emb = timestep_embedding(t, self.base_channels).to(x_t.dtype)
+        emb = F.silu(self.time_mlp(emb))  # (B, 4 * base_channels)
         h = self.conv_in(x_t)
         skips = [h]
         for block in self.down:

@@ -1,4 +1,7 @@
-"""Loss weights per timestep: pure functions of the SNR (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR")."""
+"""Loss weights per timestep, as pure functions of the SNR.
+
+Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
+"""
 
 import torch
 from torch import Tensor

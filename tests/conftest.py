@@ -1,0 +1,44 @@
+"""What several test files share: a network small enough for seconds, and where real CIFAR-10 may lie."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+# A run of seconds: every part of a real run, each as small as it goes.
+TINY = ["data.name=shapes", "model.base_channels=8", "model.channel_mults=[1,2]", "model.num_res_blocks=1",
+        "train.total_steps=12", "train.checkpoint_every=5", "log.every=3", "grid.every=6", "grid.n=4", "grid.nfe=2",
+        "eval.every=6", "eval.profile_images=2"]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def run_train(tmp_path):
+    """run_train("E1", "log.every=1", out="a") trains in this process and returns the run directory."""
+    from train import main
+
+    def run(exp, *overrides, out="runs", flags=(), seed=1077):
+        sets = [arg for override in [*TINY, *overrides] for arg in ("--set", override)]
+        assert main(["--exp", exp, "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / out), *flags,
+                     *sets]) == 0
+        return tmp_path / out / exp / f"seed{seed}"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cifar10_root():
+    """The folder with cifar-10-batches-py: $CIFAR10_ROOT, else beside the checkout."""
+    root = Path(os.environ.get("CIFAR10_ROOT", ROOT.parent / "shared" / "data" / "cifar10"))
+    if not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {root}; set CIFAR10_ROOT")
+    return root

@@ -1,0 +1,176 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from config import ConfigError, config_from_dict, flatten, list_experiments, load_config
+
+ALL = ["E1", "E2", "E3", "E4", "E5", "E6", "E7a", "E7b", "E7c", "E8a", "E8b", "E8c", "E9a", "E9b", "smoke"]
+
+
+def difference(a, b):
+    """Keys in which two experiments differ, apart from what each is called."""
+    a, b = flatten(load_config(a)), flatten(load_config(b))
+    return {key for key in a if a[key] != b[key]} - {"exp", "title", "question"}
+
+
+def test_the_studys_table():
+    """STUDY's table of experiments: weighting, gamma, base channels, steps, evaluation."""
+    table = {
+        "E1": ("constant", 5, 32, 50_000, 10_000), "E2": ("minsnr", 5, 32, 50_000, 10_000),
+        "E3": ("minsnr", 5, 32, 10_000, 2000), "E4": ("minsnr_norm", 5, 32, 10_000, 2000),
+        "E5": ("constant", 5, 32, 10_000, 2000), "E6": ("minsnr", 5, 32, 10_000, 2000),
+        "E7a": ("constant", 5, 32, 10_000, 2000), "E7b": ("constant", 5, 32, 50_000, 2000),
+        "E7c": ("constant", 5, 64, 10_000, 2000), "E8a": ("minsnr", 1, 64, 5000, 2000),
+        "E8b": ("minsnr", 3, 64, 5000, 2000), "E8c": ("minsnr", 5, 64, 5000, 2000),
+        "E9a": ("constant", 5, 32, 10_000, 2000), "E9b": ("minsnr", 5, 32, 10_000, 2000),
+    }
+    for exp, row in table.items():
+        c = load_config(exp)
+        assert (c.loss.weighting, c.loss.gamma, c.model.base_channels, c.train.total_steps, c.eval.every) == row
+        assert c.diffusion.beta_schedule == ("cosine" if exp.startswith("E9") else "linear")
+        assert (c.exp, c.seed, c.data.name, c.train.batch_size, c.train.lr) == (exp, 1077, "cifar10", 4, 1e-4)
+        assert (c.train.grad_clip, c.ema.decay, c.diffusion.num_timesteps, c.log.every) == (1.0, 0.999, 1000, 100)
+        assert (c.grid.every, c.grid.n, c.grid.sampler, c.grid.nfe) == (5000, 36, "ddim", 20)
+
+
+def test_every_experiment_loads_and_says_what_it_asks():
+    assert list_experiments() == ALL
+    configs = [load_config(exp) for exp in ALL]
+    assert len({c.title for c in configs}) == len({c.question for c in configs}) == len(ALL)
+    assert all(c.question.endswith("?") for c in configs)
+
+
+def test_a_comparison_differs_in_its_factor_only():
+    assert difference("E1", "E2") == difference("E5", "E6") == difference("E9a", "E9b") == {"loss.weighting"}
+    assert difference("E8a", "E8b") == difference("E8b", "E8c") == {"loss.gamma"}
+    assert difference("E2", "E3") == {"train.total_steps", "eval.every"}
+    assert difference("E3", "E4") == {"loss.weighting"}
+    assert difference("E5", "E9a") == {"diffusion.beta_schedule"}
+    assert difference("E5", "E7a") == set()
+
+
+def test_overrides():
+    c = load_config("E8c", overrides=["train.total_steps=300", "train.lr=1", "data.name=shapes", "seed=5",
+                                      "model.channel_mults=[1, 2]", 'data.root="a b"', "train.amp=false"])
+    assert (c.train.total_steps, c.train.lr, c.data.name, c.seed) == (300, 1.0, "shapes", 5)
+    assert (c.model.channel_mults, c.data.root, c.train.amp) == ((1, 2), "a b", False)
+    assert type(c.train.lr) is float and load_config("E8c").train.total_steps == 5000
+
+
+def test_configs_are_frozen_and_survive_their_own_json():
+    c = load_config("E4")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.train.lr = 1.0
+    assert config_from_dict(dataclasses.asdict(c), "config.json") == c
+
+
+GOOD = (ROOT / "experiments.toml").read_text()
+
+BAD_OVERRIDES = [
+    ("train.totl_steps=3", "unknown key train.totl_steps; did you mean train.total_steps?"),
+    ("train=3", "unknown key train"),
+    ("exp=E1", "unknown key exp"),
+    ("title=x", "unknown key title"),
+    ("train.lr", "must read KEY=VALUE"),
+    ("loss.gamma=0", "loss.gamma: 0.0 is out of range, must be > 0"),
+    ("loss.gamma=-5", "loss.gamma: -5.0 is out of range"),
+    ("loss.gamma=inf", "loss.gamma: inf is out of range"),
+    ("loss.gamma=nan", "loss.gamma: nan is out of range"),
+    ("loss.gamma=5x", "loss.gamma: '5x' is not of type float"),
+    ("loss.weighting=min_snr", "unknown value 'min_snr'; did you mean minsnr?"),
+    ("train.batch_size=0", "train.batch_size: 0 is out of range, must be >= 1"),
+    ("train.batch_size=4.5", "train.batch_size: 4.5 is not of type int"),
+    ("train.batch_size=true", "train.batch_size: True is not of type int"),
+    ("train.total_steps=-1", "train.total_steps: -1 is out of range"),
+    ("train.lr=0", "train.lr: 0.0 is out of range"),
+    ("train.grad_clip=0", "train.grad_clip: 0.0 is out of range"),
+    ("train.amp=1", "train.amp: 1 is not of type bool"),
+    ("train.checkpoint_every=0", "train.checkpoint_every: 0 is out of range"),
+    ("grid.nfe=1001", "grid.nfe: 1001 exceeds diffusion.num_timesteps = 1000"),
+    ("grid.nfe=0", "grid.nfe: 0 is out of range"),
+    ("grid.sampler=ddpm2", "unknown value 'ddpm2'; did you mean ddpm?"),
+    ("model.dropout=1.0", "model.dropout: 1.0 is out of range, must be >= 0 and < 1"),
+    ("model.base_channels=130", "130 must be even and divisible by its 32 GroupNorm groups"),
+    ("model.base_channels=2", "model.base_channels: 2 is out of range, must be >= 4"),
+    ("model.channel_mults=[]", "0 levels"),
+    ("model.channel_mults=[1,1,1,1,1,1,1]", "7 levels"),
+    ("model.channel_mults=[1,0]", "0 is out of range"),
+    ("model.channel_mults=2", "2 is not a list"),
+    ("model.attn_resolutions=[20]", "20 is not among this network's resolutions [32, 16, 8, 4]"),
+    ("ema.decay=1", "ema.decay: 1.0 is out of range"),
+    ("diffusion.num_timesteps=0", "diffusion.num_timesteps: 0 is out of range"),
+    ("diffusion.beta_schedule=cosin", "did you mean cosine?"),
+    ("data.name=cifar", "did you mean cifar10?"),
+    ("data.root=3", "data.root: 3 is not of type str"),
+    ("eval.profile_images=2000", "eval.profile_images: 2000 is out of range"),
+    ("log.every=0", "log.every: 0 is out of range"),
+    ("seed=-1", "seed: -1 is out of range"),
+]
+
+
+@pytest.mark.parametrize("override, message", BAD_OVERRIDES)
+def test_bad_overrides(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config("E8c", overrides=[override])
+    text = str(error.value)
+    assert message in text and f"--set {override}" in text and "experiments.toml" in text and "\n" not in text
+
+
+def test_an_override_without_effect_is_refused():
+    with pytest.raises(ConfigError, match="loss.gamma has no effect with loss.weighting = constant"):
+        load_config("E1", overrides=["loss.gamma=3"])
+
+
+BAD_FILES = [
+    (GOOD.replace('extends = "E5"', 'extends = "E55"', 1), "E6", "[experiments.E6]: extends: unknown experiment 'E55'"),
+    (GOOD.replace('extends = "E1"', 'extends = "E3"', 1), "E3", "inheritance loop E3 -> E2 -> E3"),
+    (GOOD.replace('extends = "E1"', 'extends = "E2"', 1), "E2", "inheritance loop E2 -> E2"),
+    (GOOD.replace('extends = "E1"', "extends = 1", 1), "E2", "extends: unknown experiment 1"),
+    (GOOD.replace("lr = 1e-4", ""), "E1", "train.lr is missing in [defaults]"),
+    (GOOD.replace("lr = 1e-4", "learning_rate = 1e-4"), "E1", "[defaults]: unknown key train.learning_rate"),
+    (GOOD.replace("loss.gamma = 3.0", "loss.gama = 3.0"), "E8b", "loss.gama; did you mean loss.gamma?"),
+    (GOOD.replace("loss.gamma = 3.0", "loss.gamma = 0"), "E8b", "[experiments.E8b]: loss.gamma: 0.0 is out of range"),
+    (GOOD.replace("[defaults.log]", "[defaults.logging]"), "E1", "unknown key logging.every"),
+    (GOOD.replace("\n[defaults]", "\n[default]", 1), "E1", "unknown table default; did you mean defaults?"),
+    (GOOD.replace("seed = 1077", "seed = "), "E1", "Invalid value (at line "),
+    (GOOD.replace("seed = 1077", "seed = 1\nseed = 2"), "E1", "Cannot overwrite a value (at line "),
+    (GOOD + '\n[experiments.E10]\nextends = "E1"\ntitle = "t"\n', "E10", "question is missing"),
+    ("experiments = 5", "E1", "experiments: must be a table"),
+    ("experiments.E1 = 5", "E1", "experiments.E1: must be a table"),
+    ("", "E1", "unknown experiment 'E1'"),
+]
+
+
+@pytest.mark.parametrize("text, exp, message", BAD_FILES)
+def test_bad_files(tmp_path, text, exp, message):
+    assert text != GOOD
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(exp, path)
+    assert message in str(error.value) and "mine.toml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="mine.toml"):
+        load_config("E1", tmp_path / "mine.toml")
+    with pytest.raises(ConfigError, match="other.toml: cannot be read"):
+        load_config("E1", tmp_path / "other.toml")
+    with pytest.raises(ConfigError, match="unknown experiment 'E8d'; did you mean E8"):
+        load_config("E8d")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--exp", "E99"], "unknown experiment 'E99'"),
+    (["--exp", "E8c", "--set", "loss.gamma=0"], "loss.gamma: 0.0 is out of range"),
+])
+def test_the_command_says_it_in_one_line_with_status_2(tmp_path, flags, message):
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--out", tmp_path / "runs"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("train.py: error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

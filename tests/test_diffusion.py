@@ -1,0 +1,219 @@
+import math
+
+import pytest
+import torch
+
+from diffusion import Diffusion, cosine_betas, ddim_sample, ddpm_sample, linear_betas, spaced_timesteps
+from rng import generator
+
+D = Diffusion(linear_betas())
+MEAN, STD = 0.3, 0.5  # of the exact-denoiser tests: every pixel of x_0 is N(0.3, 0.5^2)
+
+
+def exact_denoiser(diffusion):
+    """E[eps | x_t] in closed form for Gaussian x_0."""
+    def model(x_t, t):
+        ac = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1).to(x_t.dtype)
+        return (1 - ac).sqrt() * (x_t - ac.sqrt() * MEAN) / (ac * STD**2 + 1 - ac)
+    return model
+
+
+def oracle(diffusion, x_0):
+    """The eps that leads to x_t from this very x_0."""
+    def model(x_t, t):
+        ac = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        return (x_t - ac.sqrt() * x_0) / (1 - ac).sqrt()
+    return model
+
+
+def noise(*shape, dtype=torch.float64, index=0):
+    return torch.randn(*shape, dtype=dtype, generator=generator(0, "test", index))
+
+
+def moments_of_exact_chain(nfe, eta):
+    """Mean and std that sampling must end with: the chain is linear and Gaussian, so they follow step by step."""
+    ts = torch.linspace(999, 0, nfe, dtype=torch.float64).round().long().tolist()
+    mean, var = 0.0, 1.0
+    for i, t in enumerate(ts):
+        ac_t = D.alphas_cumprod[t].item()
+        ac_s = D.alphas_cumprod[ts[i + 1]].item() if i + 1 < nfe else 1.0
+        slope = math.sqrt(ac_t) * STD**2 / (ac_t * STD**2 + 1 - ac_t)  # of E[x_0 | x_t]
+        offset = MEAN * (1 - slope * math.sqrt(ac_t))
+        var_s = eta**2 * (1 - ac_s) / (1 - ac_t) * (1 - ac_t / ac_s)
+        on_eps = math.sqrt(1 - ac_s - var_s) / math.sqrt(1 - ac_t)
+        on_x0 = math.sqrt(ac_s) - on_eps * math.sqrt(ac_t)
+        gain = on_eps + on_x0 * slope
+        mean, var = gain * mean + on_x0 * offset, gain**2 * var + var_s
+    return mean, math.sqrt(var)
+
+
+# ---- schedules ----
+
+def test_linear_schedule_closed_forms():
+    assert D.T == 1000 and D.betas.dtype == D.alphas_cumprod.dtype == D.snr.dtype == torch.float64
+    assert D.betas[0].item() == 1e-4 and D.betas[-1].item() == pytest.approx(0.02, abs=1e-15)
+    assert D.betas.sum().item() == pytest.approx(10.05, abs=1e-9)
+    assert D.snr[0].item() == pytest.approx(9999, rel=1e-12)
+    assert D.snr[-1].item() == pytest.approx(4.036e-5, rel=1e-4)
+    assert (D.snr.diff() < 0).all()
+    assert 1 / D.alphas_cumprod[-1].sqrt().item() == pytest.approx(157, abs=1)  # what an error in eps costs at t = 999
+
+
+def test_cosine_schedule():
+    betas = cosine_betas()
+    assert betas.shape == (1000,) and betas.dtype == torch.float64 and betas.max().item() == 0.999
+    f = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (0, 501)]
+    assert Diffusion(betas).alphas_cumprod[500].item() == pytest.approx(f[1] / f[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("betas", [linear_betas().float(), torch.tensor([0.1, 1.0], dtype=torch.float64),
+                                   torch.tensor([0.0, 0.1], dtype=torch.float64), linear_betas(4).reshape(2, 2),
+                                   torch.tensor([0.1, math.nan], dtype=torch.float64)])
+def test_bad_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        Diffusion(betas)
+
+
+# ---- forward process and loss ----
+
+def test_q_sample_has_the_moments_of_eq_4():
+    x_0, t = torch.full((1, 1, 400, 400), 0.7, dtype=torch.float64), torch.tensor([300])
+    x_t = D.q_sample(x_0, t, noise(*x_0.shape))
+    ac = D.alphas_cumprod[300].item()
+    assert x_t.mean().item() == pytest.approx(0.7 * math.sqrt(ac), abs=0.01)
+    assert x_t.var().item() == pytest.approx(1 - ac, rel=0.02)
+
+
+def test_q_sample_uses_each_examples_own_t_and_keeps_the_type():
+    x_0, eps = noise(3, 3, 4, 4, dtype=torch.float32), noise(3, 3, 4, 4, dtype=torch.float32, index=1)
+    t = torch.tensor([0, 500, 999])
+    x_t = D.q_sample(x_0, t, eps)
+    assert x_t.dtype == torch.float32
+    for i in range(3):
+        assert torch.equal(x_t[i:i + 1], D.q_sample(x_0[i:i + 1], t[i:i + 1], eps[i:i + 1]))
+
+
+def test_predict_x0_inverts_q_sample():
+    x_0, eps, t = noise(4, 3, 8, 8), noise(4, 3, 8, 8, index=1), torch.tensor([0, 10, 500, 999])
+    torch.testing.assert_close(D.predict_x0(D.q_sample(x_0, t, eps), t, eps), x_0, rtol=0, atol=1e-11)
+
+
+def test_eps_mse_is_per_example_and_unweighted():
+    x_0, eps, t = noise(4, 3, 8, 8), noise(4, 3, 8, 8, index=1), torch.tensor([0, 10, 500, 999])
+    mse = D.eps_mse(lambda x_t, t: torch.zeros_like(x_t), x_0, t, eps)
+    assert mse.shape == (4,) and mse.dtype == torch.float32
+    torch.testing.assert_close(mse, eps.square().mean((1, 2, 3)).float())
+    assert D.eps_mse(oracle(D, x_0), x_0, t, eps).max() < 1e-12
+
+
+# ---- samplers ----
+
+def test_spaced_timesteps_for_every_nfe():
+    for nfe in range(1, 1001):
+        ts = spaced_timesteps(1000, nfe)
+        assert ts.shape == (nfe,) and ts.dtype == torch.int64 and ts[0] == 999
+        assert (ts.diff() < 0).all() and (nfe == 1 or ts[-1] == 0)
+    assert torch.equal(spaced_timesteps(1000, 1000), torch.arange(999, -1, -1))
+
+
+@pytest.mark.parametrize("nfe", [0, -1, 1001])
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
+def test_impossible_nfe(sampler, nfe):
+    with pytest.raises(ValueError, match=f"nfe={nfe}"):
+        sampler(exact_denoiser(D), D, torch.zeros(1, 3, 4, 4), nfe)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_impossible_eta(eta):
+    with pytest.raises(ValueError, match="eta"):
+        ddim_sample(exact_denoiser(D), D, torch.zeros(1, 3, 4, 4), 10, eta=eta)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("nfe", [2, 10, 50, 200, 1000])
+def test_exact_gaussian(nfe, eta):
+    """A perfect denoiser must end with the chain's analytic mean and std (n = 120,000 pixels)."""
+    x_T = noise(10, 3, 64, 64)
+    model = exact_denoiser(D)
+    mean, std = moments_of_exact_chain(nfe, eta)
+    samples = [ddim_sample(model, D, x_T, nfe, eta, generator(0, "z"), clip_x0=False)]
+    if eta == 1:
+        samples.append(ddpm_sample(model, D, x_T, nfe, generator(0, "z"), clip_x0=False))
+    for x_0 in samples:
+        assert x_0.mean().item() == pytest.approx(mean, abs=0.006)
+        assert x_0.std().item() == pytest.approx(std, abs=0.004)
+
+
+@pytest.mark.parametrize("sampler, mean, std", [(ddim_sample, 0.298, 0.472), (ddpm_sample, 0.299, 0.442)])
+def test_exact_gaussian_at_nfe_50_against_the_studys_numbers(sampler, mean, std):
+    x_0 = sampler(exact_denoiser(D), D, noise(40, 3, 64, 64), 50, generator=generator(0, "z"), clip_x0=False)
+    assert x_0.mean().item() == pytest.approx(mean, abs=0.003)
+    assert x_0.std().item() == pytest.approx(std, abs=0.003)
+
+
+def adjacent_step_ddpm(model, x_T, nfe):
+    """The notes' sampler: visits nfe of T timesteps but takes each step with the coefficients of t -> t - 1."""
+    x_t, rng = x_T, generator(0, "z")
+    for t in spaced_timesteps(D.T, nfe).tolist():
+        ac_t, beta = D.alphas_cumprod[t], D.betas[t]
+        ac_s = D.alphas_cumprod[t - 1] if t > 0 else torch.tensor(1.0, dtype=torch.float64)
+        eps_hat = model(x_t, torch.full((len(x_t),), t))
+        mean = (x_t - beta / (1 - ac_t).sqrt() * eps_hat) / (1 - beta).sqrt()
+        x_t = mean + ((1 - ac_s) / (1 - ac_t) * beta).sqrt() * torch.randn(x_t.shape, generator=rng, dtype=x_t.dtype)
+    return x_t
+
+
+def test_adjacent_step_coefficients_fail_the_exact_gaussian_test():
+    """Why the notes' FID never moved: at 50 of 1000 steps the wrong coefficients return near-noise."""
+    x_0 = adjacent_step_ddpm(exact_denoiser(D), noise(10, 3, 64, 64), 50)
+    assert 0.01 < x_0.mean().item() < 0.06 and 0.92 < x_0.std().item() < 0.97  # in place of 0.300 and 0.443
+
+
+def test_full_chain_equals_the_textbook_chain():
+    """At nfe = T the respaced coefficients must be Ho et al.'s own, Algorithm 2, written here in terms of betas."""
+    d = Diffusion(linear_betas(40))
+    model, x_T = exact_denoiser(d), noise(2, 3, 8, 8)
+    x_t, rng = x_T, generator(0, "z")
+    for t in reversed(range(40)):
+        alpha, ac = 1 - d.betas[t], d.alphas_cumprod[t]
+        mean = (x_t - d.betas[t] / (1 - ac).sqrt() * model(x_t, torch.tensor([t, t]))) / alpha.sqrt()
+        x_t = mean
+        if t > 0:
+            sigma = ((1 - d.alphas_cumprod[t - 1]) / (1 - ac) * d.betas[t]).sqrt()
+            x_t = mean + sigma * torch.randn(x_t.shape, generator=rng, dtype=x_t.dtype)
+    x_0 = ddpm_sample(model, d, x_T, 40, generator(0, "z"), clip_x0=False)
+    torch.testing.assert_close(x_0, x_t, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("nfe", [1, 7, 50, 1000])
+def test_ddim_with_eta_one_equals_ddpm(nfe, clip):
+    model, x_T = exact_denoiser(D), noise(2, 3, 8, 8)
+    a = ddpm_sample(model, D, x_T, nfe, generator(0, "z"), clip)
+    b = ddim_sample(model, D, x_T, nfe, 1.0, generator(0, "z"), clip)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("nfe", [1, 3, 20, 1000])
+def test_an_oracle_returns_x0(nfe):
+    x_0 = noise(2, 3, 8, 8).clamp(-1, 1)
+    for sample in (ddpm_sample, ddim_sample):
+        x = sample(oracle(D, x_0), D, noise(2, 3, 8, 8, index=1), nfe, generator=generator(0, "z"))
+        torch.testing.assert_close(x, x_0, rtol=0, atol=1e-9)
+
+
+def test_clipping_is_on_by_default():
+    """A denoiser that predicts x_0 = 3 everywhere ends at 1 with clipping, at 3 without."""
+    x_0 = torch.full((1, 3, 8, 8), 3.0, dtype=torch.float64)
+    for sample in (ddpm_sample, ddim_sample):
+        args = (oracle(D, x_0), D, noise(1, 3, 8, 8), 10)
+        assert sample(*args).max().item() == pytest.approx(1, abs=1e-9)
+        assert sample(*args, clip_x0=False).min().item() == pytest.approx(3, abs=1e-9)
+
+
+def test_a_sampler_leaves_its_input_and_the_global_random_state_alone():
+    x_T = noise(1, 3, 8, 8)
+    kept, state = x_T.clone(), torch.get_rng_state()
+    ddpm_sample(exact_denoiser(D), D, x_T, 5, generator(0, "z"))
+    ddim_sample(exact_denoiser(D), D, x_T, 5, generator=generator(0, "z"))
+    assert torch.equal(x_T, kept) and torch.equal(state, torch.get_rng_state())

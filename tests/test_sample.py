@@ -1,0 +1,43 @@
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from evaluate import RunError, load_run, sample_images
+
+
+@pytest.fixture
+def run_dir(run_train):
+    return run_train("E1", "train.lr=1e-2", "ema.decay=0.9")
+
+
+def test_grid_and_npz(run_dir, capsys):
+    sample.main([str(run_dir), "--sampler", "ddpm", "--nfe", "3", "--n", "5", "--npz", "--device", "cpu"])
+    png, npz = capsys.readouterr().out.split()
+    assert Image.open(png).size == (2 * (3 * 33 + 1), 2 * (2 * 33 + 1))
+    images = numpy.load(npz)["arr_0"]
+    assert images.shape == (5, 32, 32, 3) and images.dtype == numpy.uint8
+    _, step, _, ema, diffusion = load_run(run_dir, "cpu")
+    expected = sample_images(ema, diffusion, 5, "ddpm", 3, seed=1077)
+    assert step == 12 and torch.equal(torch.from_numpy(images).permute(0, 3, 1, 2), expected)
+
+
+def test_each_option_changes_the_samples(run_dir, tmp_path, capsys):
+    variants = [[], ["--sampler", "ddpm"], ["--nfe", "5"], ["--seed", "1"], ["--raw"], ["--eta", "0.5"]]
+    for flags in variants:
+        sample.main([str(run_dir), "--n", "2", "--nfe", "4", "--npz", "--out", str(tmp_path / "out"), *flags,
+                     "--device", "cpu"])
+    files = capsys.readouterr().out.split()[1::2]
+    arrays = {numpy.load(f)["arr_0"].tobytes() for f in files}
+    assert len(set(files)) == len(arrays) == len(variants)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--nfe", "0"], "--nfe 0: must be from 1 to T = 1000"), (["--nfe", "1001"], "--nfe 1001"), (["--n", "0"], "--n 0"),
+    (["--eta", "2"], "--eta 2.0"), (["--sampler", "ddpm", "--eta", "0.5"], "ddpm has none"),
+])
+def test_bad_flags_write_nothing(run_dir, flags, message):
+    with pytest.raises(RunError, match=message):
+        sample.main([str(run_dir), *flags, "--device", "cpu"])
+    assert not (run_dir / "samples").exists()

@@ -1,0 +1,283 @@
+"""Whole runs of train.py: determinism, resume, common random numbers, what is written, what is refused."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import train
+from checkpoint import load_checkpoint, read_jsonl
+from config import load_config
+from data import DataError, make_shapes
+from evaluate import RunError
+from rng import generator
+from weighting import loss_weights
+
+PURE = ("loss.jsonl", "results.jsonl", "per_t.jsonl")  # pure functions of config and seed
+
+
+def losses(run_dir, every=1):
+    return [r for r in read_jsonl(run_dir / "loss.jsonl") if r["step"] % every == 0]
+
+
+def same(a, b):
+    """Whether two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_runs(a, b):
+    for name in PURE:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    states = [load_checkpoint(run / "checkpoints") for run in (a, b)]
+    for key in ("step", "model", "ema", "optimizer", "window"):
+        assert same(states[0][key], states[1][key]), key
+
+
+def small(*overrides):
+    return load_config("E2", overrides=[*TINY, *overrides])
+
+
+# ---- determinism ----
+
+def test_one_seed_gives_one_run_and_another_seed_another(run_train):
+    a, b, c = run_train("E2", out="a"), run_train("E2", out="b"), run_train("E2", out="c", seed=1)
+    assert_same_runs(a, b)
+    assert not {r["train/loss"] for r in losses(a)} & {r["train/loss"] for r in losses(c)}
+
+
+def test_evaluation_and_logging_do_not_touch_training(run_train):
+    """E1, E5 and E7a train alike however often each of them is logged, measured, drawn or saved."""
+    common = ("train.total_steps=30",)
+    a = run_train("E1", *common, "log.every=1", "eval.every=30", "grid.every=30", "train.checkpoint_every=30")
+    b = run_train("E5", *common, "log.every=1", "eval.every=4", "grid.every=7", "eval.profile_images=3")
+    c = run_train("E7a", *common, "log.every=2", "eval.every=11", "grid.every=5", "grid.sampler=ddpm", "grid.n=3")
+    assert len(losses(a)) == 30 and losses(a) == losses(b)
+    window = ("train/loss_mean", "train/eps_mse_mean")  # the only figures that depend on how often one logs
+    strip = [{k: v for k, v in r.items() if k not in window} for r in losses(a, every=2)]
+    assert strip == [{k: v for k, v in r.items() if k not in window} for r in losses(c)]
+    states = [load_checkpoint(run / "checkpoints") for run in (a, b, c)]
+    for key in ("model", "ema", "optimizer"):
+        assert same(states[0][key], states[1][key]) and same(states[0][key], states[2][key])
+
+
+def test_two_arms_see_the_same_images_t_and_eps(run_train):
+    a, b = run_train("E1", "log.every=1"), run_train("E2", "log.every=1")
+    assert [r["snr/mean"] for r in losses(a)] == [r["snr/mean"] for r in losses(b)]
+    assert losses(a)[0]["train/eps_mse"] == losses(b)[0]["train/eps_mse"]  # same weights until the first update
+    assert [r["train/weight_mean"] for r in losses(a)] == [1.0] * 12
+    assert min(r["train/weight_mean"] for r in losses(b)) < 0.9
+
+
+# ---- resume ----
+
+@pytest.mark.parametrize("stop", [5, 7, 12])
+def test_stop_and_resume_is_the_uninterrupted_run(run_train, stop):
+    whole = run_train("E2", "train.total_steps=20", out="whole")
+    run_train("E2", f"train.total_steps={stop}", out="parts")
+    parts = run_train("E2", "train.total_steps=20", out="parts", flags=["--resume"])
+    assert_same_runs(whole, parts)
+    assert len(json.loads((parts / "env.json").read_text())["resumed"]) == 1
+
+
+def test_kill_and_resume_is_the_uninterrupted_run(run_train, tmp_path):
+    whole = run_train("E2", "train.total_steps=60", out="whole")
+    sets = [arg for o in [*TINY, "train.total_steps=60"] for arg in ("--set", o)]
+    command = [sys.executable, ROOT / "train.py", "--exp", "E2", "--device", "cpu", "--out", tmp_path / "killed", *sets]
+    killed = tmp_path / "killed" / "E2" / "seed1077"
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    while not (killed / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load_checkpoint(killed / "checkpoints")["step"] < 60
+    subprocess.run([*command, "--resume"], env=env, check=True, stdout=subprocess.DEVNULL)
+    assert_same_runs(whole, killed)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(run_train, capsys):
+    whole = run_train("E2", out="whole")
+    stopped = run_train("E2", out="stopped")
+    for file in (stopped / "checkpoints").iterdir():
+        file.unlink()
+    (stopped / "checkpoints").rmdir()
+    run_train("E2", out="stopped", flags=["--resume"])
+    assert "starting from step 0" in capsys.readouterr().out
+    assert_same_runs(whole, stopped)
+
+
+def test_what_a_resume_refuses(run_train):
+    run_dir = run_train("E2", "train.total_steps=6")
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    for override, message in [("loss.gamma=3", "loss.gamma = 5.0, this command 3.0"),
+                              ("model.base_channels=12", "model.base_channels = 8"),
+                              ("train.total_steps=3", "at step 6, past train.total_steps = 3")]:
+        with pytest.raises(RunError, match=message):
+            run_train("E2", "train.total_steps=6", override, flags=["--resume"])
+    with pytest.raises(RunError, match="no run to resume"):
+        run_train("E2", out="elsewhere", flags=["--resume"])
+    with pytest.raises(RunError, match="--resume goes on with it, --overwrite deletes it"):
+        run_train("E2", "train.total_steps=6")
+    assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    run_train("E2", "train.total_steps=6", flags=["--overwrite"])
+
+
+def test_overwrite_deletes_nothing_but_runs(tmp_path, run_train):
+    folder = tmp_path / "runs" / "E2" / "seed1077"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="not a run directory"):
+        run_train("E2", flags=["--overwrite"])
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+# ---- the step ----
+
+def test_a_step_against_one_written_out_by_hand():
+    """Batch, loss, clipping, Adam and EMA of two steps, from the formulas."""
+    config, device = small("loss.gamma=1", "train.grad_clip=0.1", "model.dropout=0.3"), torch.device("cpu")
+    state, diffusion = train.new_state(config, device)
+    images = make_shapes(50)
+    w = loss_weights(diffusion.snr, "minsnr", 1.0).float()
+    twin, _ = train.new_state(config, device)
+    m, v = ([torch.zeros_like(p) for p in twin.model.parameters()] for _ in range(2))
+    average = [p.detach().clone() for p in twin.model.parameters()]
+    for step in range(2):
+        out = train.train_step(config, state, diffusion, w, images)
+
+        g = {name: generator(1077, name, step) for name in ("t", "eps")}
+        order = torch.randperm(50, generator=generator(1077, "epoch", 0))
+        x_0 = images[order[4 * step:4 * step + 4]].float() / 127.5 - 1
+        t, eps = torch.randint(1000, (4,), generator=g["t"]), torch.randn(4, 3, 32, 32, generator=g["eps"])
+        ac = diffusion.alphas_cumprod[t].float()[:, None, None, None]
+        train.seed_global(1077, "dropout", step)
+        eps_hat = twin.model(ac.sqrt() * x_0 + (1 - ac).sqrt() * eps, t)
+        snr = ac.flatten() / (1 - ac.flatten())
+        loss = (torch.minimum(snr, torch.tensor(1.0)) / snr * ((eps_hat - eps) ** 2).mean((1, 2, 3))).mean()
+        grads = torch.autograd.grad(loss, list(twin.model.parameters()))
+        norm = torch.sqrt(sum((g**2).sum() for g in grads))
+        assert out["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert out["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4) and norm > 0.1
+        assert out["t"].tolist() == t.tolist()
+        decay = (1 + step) / (10 + step)
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(twin.model.parameters(), grads, strict=True)):
+                g = g * 0.1 / norm
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g**2
+                p -= 1e-4 * (m[i] / (1 - 0.9 ** (step + 1))) / ((v[i] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                average[i] = decay * average[i] + (1 - decay) * p
+    for p, q in zip(state.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)  # each step moves a weight by up to 1e-4
+    for p, q in zip(state.ema.parameters(), average, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
+
+
+def test_ema_warm_up_forgets_the_random_initial_weights():
+    """Without it 13.5 % of them would be left after 2,000 steps at decay 0.999."""
+    decays = [train.ema_decay(0.999, step) for step in range(20_000)]
+    assert decays[0] == 0.1 and decays[-1] == 0.999 and decays == sorted(decays)
+    left = torch.tensor(decays[:2000], dtype=torch.float64).log().sum().exp().item()
+    assert left < 1e-9 < 0.13 < 0.999**2000
+
+
+def test_dropout_is_on_in_training_and_off_in_the_average():
+    state, _ = train.new_state(small(), torch.device("cpu"))
+    assert state.model.training and not state.ema.training
+    assert not any(p.requires_grad for p in state.ema.parameters())
+
+
+def test_mixed_precision_is_for_cuda_only():
+    config = load_config("E1")
+    assert config.train.amp and train.amp_dtype(config, torch.device("cpu")) is None
+    off = dataclasses.replace(config, train=dataclasses.replace(config.train, amp=False))
+    assert train.amp_dtype(off, torch.device("cuda")) is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_train, monkeypatch, capsys):
+    with pytest.raises(AssertionError):
+        run_train("E2", "train.lr=1e30")
+    error = capsys.readouterr().err
+    assert "train.py: step" in error and ("norm nan" in error or "norm inf" in error)
+
+
+# ---- what is written ----
+
+def test_the_run_directory(run_train, capsys):
+    run_dir = run_train("E2")
+    assert "trains in fp32" in capsys.readouterr().out
+    records = losses(run_dir)
+    assert [r["step"] for r in records] == [3, 6, 9, 12]
+    for r in records:
+        assert r["snr/min"] <= r["snr/mean"] <= r["snr/max"] and 0 < r["train/weight_mean"] <= 1
+        assert r["train/loss"] <= r["train/eps_mse"] and r["train/grad_global_L2"] > 0
+    assert [(r["step"], r["final"]) for r in read_jsonl(run_dir / "results.jsonl")] == [(6, False), (12, False),
+                                                                                       (12, True)]
+    assert [r["step"] for r in read_jsonl(run_dir / "per_t.jsonl")] == [6, 12]
+    assert sorted(p.name for p in (run_dir / "grids").iterdir()) == ["step_000006_ddim2.png", "step_000012_ddim2.png"]
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["exp"] == "E2" and config["loss"] == {"weighting": "minsnr", "gamma": 5.0}
+    env = json.loads((run_dir / "env.json").read_text())
+    assert {"git_commit", "git_dirty", "torch", "device", "threads", "command"} <= env.keys()
+    assert read_jsonl(run_dir / "timing.jsonl")[-1]["seconds/train"] > 0
+
+
+def test_window_means_are_the_means_of_all_steps_between_two_lines(run_train):
+    each, third = run_train("E2", "log.every=1", out="a"), run_train("E2", "log.every=3", out="b")
+    every = losses(each)
+    for i, record in enumerate(losses(third)):
+        for key in ("train/loss", "train/eps_mse"):
+            mean = sum(r[key] for r in every[3 * i:3 * i + 3]) / 3
+            assert record[f"{key}_mean"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_training_learns(run_train):
+    """A tiny smoke training: the error on held-out images falls to a fraction of that of a network that says 0."""
+    run_dir = run_train("smoke", "model.base_channels=16", "train.total_steps=60", "train.lr=3e-3", "log.every=20",
+                        "train.batch_size=8", "eval.every=60", "grid.every=60", "ema.decay=0.9", "model.dropout=0")
+    assert losses(run_dir)[-1]["train/eps_mse_mean"] < 0.35
+    assert read_jsonl(run_dir / "results.jsonl")[-1]["val/eps_mse_ema"] < 0.35
+
+
+def test_dry_run_and_list_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sets = [arg for override in TINY for arg in ("--set", override)]
+    assert train.main(["--exp", "E8c", "--dry-run", "--device", "cpu", *sets]) == 0
+    out = capsys.readouterr().out
+    assert "loss.gamma = 5.0" in out and "parameters = " in out and "12 steps x" in out
+    assert train.main(["--list"]) == 0
+    assert "E8c    Min-SNR, gamma 5, base 64, 5k steps" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(DataError, match="no route"):
+        train.main(["--exp", "E8c", "--device", "cpu", "--data-root", str(tmp_path / "none"), "--out",
+                    str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_real_experiment_on_real_images(cifar10_root, tmp_path):
+    """A few steps of E8c as it stands: base 64 on CIFAR-10."""
+    assert train.main(["--exp", "E8c", "--device", "cpu", "--data-root", str(cifar10_root), "--out", str(tmp_path),
+                       "--set", "train.total_steps=4", "--set", "log.every=2", "--set", "grid.n=1", "--set",
+                       "grid.nfe=1", "--set", "eval.profile_images=1"]) == 0
+    run_dir = tmp_path / "E8c" / "seed1077"
+    assert [r["step"] for r in losses(run_dir)] == [2, 4]
+    assert all(0.5 < r["train/eps_mse"] < 1.5 for r in losses(run_dir))  # it starts at "eps_hat = 0"
