@@ -101,6 +101,20 @@ class GridConfig:
 class EvalConfig:
     every: Count                                    # steps between milestones; and once at the end
     profile_images: Annotated[int, Range(ge=1, le=1024)]  # held-out images of the per-t profile
+    features: Literal["inception", "lite0", "none"] # network of the Frechet distance and KID; "none" measures neither
+    inception_weights: str                          # path; "" for torch.hub's cache or download
+    stats_root: str                                 # folder of reference statistics, made when first needed
+    nfe: Count
+    sampler: Sampler                                # of milestones
+    n_samples: Annotated[int, Range(ge=2)]
+    final_samplers: tuple[Sampler, ...]             # of the evaluation at the end
+    final_n_samples: Annotated[int, Range(ge=2)]
+
+
+@dataclass(frozen=True)
+class CurvatureConfig:
+    every: Annotated[int, Range(ge=0)]              # steps; 0 never
+    num_probes: Annotated[int, Range(ge=2)]
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ class Config:
     log: LogConfig
     grid: GridConfig
     eval: EvalConfig
+    curvature: CurvatureConfig
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -192,7 +207,9 @@ def _conflicts(v: dict[str, object]):
     for r in v["model.attn_resolutions"]:
         if r not in resolutions:
             yield "model.attn_resolutions", f"{r} is not among this network's resolutions {resolutions}"
-    for key in ("grid.nfe",):
+    if not v["eval.final_samplers"]:
+        yield "eval.final_samplers", "names no sampler"
+    for key in ("grid.nfe", "eval.nfe"):
         if v[key] > v["diffusion.num_timesteps"]:
             yield key, f"{v[key]} exceeds diffusion.num_timesteps = {v['diffusion.num_timesteps']}"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rng import generator
 
-SHAPES_TRAIN, SHAPES_TEST = 4096, 1024
+SHAPES_TRAIN, SHAPES_TEST = 2048, 1024
 
 
 class DataError(RuntimeError):
@@ -45,7 +45,7 @@ def save_grid(x_uint8: Tensor, path: str | Path, scale: int = 2) -> None:
 
 
 def load_images(name: str, root: str | Path, train: bool = True) -> Tensor:
-    """uint8 (N, 3, 32, 32). name: "cifar10" (50,000 train, 10,000 test images) or "shapes" (4,096 and 1,024).
+    """uint8 (N, 3, 32, 32). name: "cifar10" (50,000 train, 10,000 test images) or "shapes" (2,048 and 1,024).
 
     root is where CIFAR-10 lies or is downloaded to; `shapes` is generated and reads no file.
     Raises DataError where CIFAR-10 is damaged, or missing and out of reach, and ValueError for another name.

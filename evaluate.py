@@ -1,30 +1,43 @@
 """What is measured on a model: called by train.py at milestones, and a command on a finished run.
 
-    python evaluate.py runs/E8c/seed1077        prints the per-t profile of the run's last checkpoint
+    python evaluate.py runs/E8c/seed1077                             per-t profile of its last checkpoint
+    python evaluate.py runs/E8c/seed1077 --distance --n 1000         Frechet distance and KID of fresh samples
+    python evaluate.py runs/E6/seed1077 --against runs/E5/seed1077   paired differences of what both have measured
+    python evaluate.py runs/E6/seed1077 --curvature                  Hessian traces of its last checkpoint
+    python evaluate.py --stats cifar10 --n 5000                      reference statistics, floor and ceiling
 """
 
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, read_jsonl, replace_file
 from config import Config, ConfigError, config_from_dict
+from curvature import quadratic_forms, rademacher, summarise
 from data import DataError, load_images, to_model_range, to_uint8
 from diffusion import BETAS, Diffusion, ddim_sample, ddpm_sample, spaced_timesteps
+from fid import Estimate, FeatureError, FeatureStats, extract, feature_network, frechet_estimate, kid_estimate
 from model import UNet
 from rng import generator
+from weighting import loss_weights
 
 CHUNK = 100           # samples that share one stream of noise
 PROFILE_POINTS = 21   # timesteps of the per-t profile: 0, 50, 100, ... 999 at T = 1000
+T_BINS = 8            # of the Hessian trace, over [0, T)
+SAMPLE = 10_000       # training images whose features are kept, as KID's reference
 
 
 class RunError(RuntimeError):
@@ -119,6 +132,163 @@ def profile_record(step: int, model: UNet, ema: UNet, diffusion: Diffusion, imag
     return {"step": step, "n": len(images), "t": ts, "eps_mse_raw": raw, "eps_mse_ema": averaged}
 
 
+def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusion, images: Tensor) -> dict:
+    """One line of curvature.jsonl: Hutchinson traces of the run's loss and of the unweighted loss, dropout off, fp32.
+
+    Probe j has its own images, t, eps and v: functions of (seed, j), the same at every step and in every arm. Each
+    probe's examples spread over [0, T), and all P * B examples together fill as many strata of it. The two traces
+    weigh the same quadratic forms v^T H_i v, so they tell a flatter loss from a smaller weight; t_bins holds the mean
+    trace of the unweighted loss in each of 8 equal ranges of t.
+    """
+    P, B, T, device = config.curvature.num_probes, config.train.batch_size, diffusion.T, images.device
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma)
+    params = list(model.parameters())
+    forms, ts = [], []
+    with eval_mode(model):
+        for j in range(P):
+            rng = generator(config.seed, "curvature", j)
+            x_0 = to_model_range(images[torch.randint(len(images), (B,), generator=rng).to(device)])
+            stratum = torch.arange(B) * P + j
+            t = ((stratum + torch.rand(B, generator=rng, dtype=torch.float64)) * (T / (P * B))).long().to(device)
+            eps = torch.randn(x_0.shape, generator=rng).to(device)
+            v = rademacher(params, rng)
+            losses = partial(diffusion.eps_mse, model, x_0, t, eps)
+            forms.append(quadratic_forms(losses, params, v))
+            ts.append(t)
+    forms, t = torch.stack(forms), torch.stack(ts)  # each (P, B)
+    record = {"step": step, "num_probes": P, "batch_size": B}
+    for name, weights in (("hutch_trace", w[t]), ("hutch_trace_unweighted", torch.ones_like(forms))):
+        trace = summarise((weights * forms).mean(dim=1).tolist())
+        record |= {f"curvature/{name}_{key}": getattr(trace, key) for key in ("mean", "std", "stderr")}
+    bins = t * T_BINS // T
+    record["curvature/hutch_trace_t_bins"] = [forms[bins == b].mean().item() if (bins == b).any() else None
+                                              for b in range(T_BINS)]
+    return record
+
+
+# ---- distances: samples against the training images ----
+
+class Distances:
+    """Frechet distance and KID of samples, with their error, their floor and their ceiling.
+
+    A distance alone means little: at finite n it is biased, and every network has its own scale. So each comes with
+    floor (n training images against the statistics of all), floor_test (n test images) and ceiling (n images of
+    uniform noise), in the same features and at the same n. Statistics and context are made once and cached in `root`.
+    """
+
+    def __init__(self, network: nn.Module, data_name: str, train: Tensor, test: Tensor, root: str | Path):
+        """train, test: uint8 (N, 3, 32, 32), of which the first is the reference."""
+        self.network, self.data_name, self.train, self.test, self.root = network, data_name, train, test, Path(root)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {"features": self.network.name, "weights_hash": self.network.weights_hash, "data_hash": self.data_hash}
+
+    @cached_property
+    def data_hash(self) -> str:
+        return hashlib.sha256(self.train.cpu().numpy()).hexdigest()
+
+    @cached_property
+    def reference(self) -> FeatureStats:
+        """Statistics of all training images, from the cache or made now. Raises RunError for stale ones."""
+        path = self.root / f"{self.data_name}_{self.network.name}_train.npz"
+        if path.exists():
+            stats = FeatureStats.load(path)
+            for key, value in self.origin.items():
+                if getattr(stats, key) not in (None, value):
+                    raise RunError(f"{path}: made with {key} {getattr(stats, key)[:12]}, not {value[:12]}; remove it "
+                                   "to have it made again, or give another eval.stats_root")
+        else:
+            stats = FeatureStats(self.network.dim, **self.origin)
+            features = extract(self.network, self.train, progress=f"{path.name}, once").numpy()
+            stats.update(features).sample = features[:SAMPLE]
+            self.root.mkdir(parents=True, exist_ok=True)
+            stats.save(path)
+        if stats.sample is None:  # statistics published elsewhere
+            stats.sample = extract(self.network, self.train[:SAMPLE], progress="reference of KID").numpy()
+        return stats
+
+    def context(self, n: int) -> dict[str, float | None]:
+        """floor, floor_test, ceiling of the Frechet distance, kid_floor_test and kid_ceiling, at n images."""
+        path = self.root / f"{self.data_name}_{self.network.name}_context.json"
+        cache = json.loads(path.read_text()) if path.exists() else {}
+        if cache.get("origin") != self.origin:
+            cache = {"origin": self.origin}
+        if str(n) not in cache:
+            noise = torch.randint(256, (n, *self.train.shape[1:]), dtype=torch.uint8, generator=generator(0, "ceiling"))
+            sets = {"floor": self.train[:n], "floor_test": self.test[:n], "ceiling": noise}
+            context = dict.fromkeys(["floor", "floor_test", "ceiling", "kid_floor_test", "kid_ceiling"])
+            for name, images in sets.items():
+                if len(images) == n:  # a set too small for this n has no figure at this n
+                    features = extract(self.network, images, progress=f"{name} at n = {n}, once").numpy()
+                    context[name] = frechet_estimate(features, self.reference).value
+                    if name != "floor":  # the training images are themselves KID's reference
+                        context[f"kid_{name}"] = kid_estimate(features, self.reference.sample).value
+            cache[str(n)] = context
+            self.root.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(cache, indent=2).encode())
+        return cache[str(n)]
+
+    def measure(self, features: np.ndarray) -> tuple[dict, dict[str, Estimate]]:
+        """The fields of a results line for features (n, d), and the two estimates under their metric's name."""
+        fd, kid = metric_names(self.network.name)
+        estimates = {fd: frechet_estimate(features, self.reference), kid: kid_estimate(features, self.reference.sample)}
+        record = {"n": len(features), "features": self.network.name,
+                  "reference": f"{self.data_name} train, n = {self.reference.n or 'unknown'}"}
+        for name, estimate in estimates.items():
+            record |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+        return record | self.context(len(features)), estimates
+
+
+def metric_names(features: str) -> tuple[str, str]:
+    """Names of the Frechet distance and KID: only Inception's are FID and KID as published."""
+    return ("val/fid", "val/kid") if features == "inception" else (f"val/fd_{features}", f"val/kid_{features}")
+
+
+def influence_path(run_dir: Path, r: dict) -> Path:
+    """Where the influences of a results line's samples are kept, for paired comparisons."""
+    return run_dir / "influence" / f"step_{r['step']:06d}_{r['sampler']}{r['nfe']}_{r['features']}_n{r['n']}.npz"
+
+
+def save_influence(run_dir: Path, record: dict, estimates: dict[str, Estimate]) -> None:
+    path = influence_path(run_dir, record)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez(file, **{name: estimate.influence.astype(np.float32) for name, estimate in estimates.items()})
+
+
+def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
+    """b minus a for every distance that both runs have measured alike, with the error of the difference.
+
+    Runs of one seed start sample i from the same x_T (common random numbers), so their samples' influences are
+    correlated, and the error of the difference is that of the paired influences. Raises RunError where two runs have
+    no measurement in common, or different seeds.
+    """
+    configs = [json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else None
+               for run in (run_a, run_b)]
+    for run, config in zip((run_a, run_b), configs, strict=True):
+        if config is None:
+            raise RunError(f"{run}: not a run directory (no config.json)")
+    if configs[0]["seed"] != configs[1]["seed"]:
+        raise RunError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
+    same = ("step", "final", "sampler", "nfe", "n", "features", "reference")
+    others = {tuple(r[k] for k in same): r for r in read_jsonl(run_b / "results.jsonl") if "sampler" in r}
+    differences = []
+    for a in read_jsonl(run_a / "results.jsonl"):
+        b = others.get(tuple(a[k] for k in same)) if "sampler" in a else None
+        if b is None:
+            continue
+        with np.load(influence_path(run_a, a)) as file_a, np.load(influence_path(run_b, b)) as file_b:
+            record = {key: a[key] for key in same}
+            for name in metric_names(a["features"]):
+                pull = file_b[name].astype(np.float64) - file_a[name]
+                record |= {name: b[name] - a[name], f"{name}_stderr": float(pull.std(ddof=1) / len(pull)**0.5)}
+        differences.append(record)
+    if not differences:
+        raise RunError(f"{run_a} and {run_b} have no distance in common")
+    return differences
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
 
@@ -135,22 +305,71 @@ def check_device(name: str) -> torch.device:
 
 def run_script(main) -> None:
     """Exit with main()'s status; what the user can mend becomes one line on stderr and status 2."""
+    warnings.simplefilter("once")
+    warnings.formatwarning = lambda message, *_, **__: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     try:
         sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, RunError) as error:
+    except (ConfigError, DataError, CheckpointError, FeatureError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Print the per-t profile of a run's last checkpoint as one JSON line.")
-    parser.add_argument("run_dir", type=Path, help="such as runs/E8c/seed1077")
-    parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where the run found it")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--distance", action="store_true", help="sample from the EMA weights and measure")
+    what.add_argument("--curvature", action="store_true", help="Hessian traces at the raw weights")
+    what.add_argument("--against", type=Path, metavar="RUN_DIR", help="another run of the same seed")
+    what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
+    parser.add_argument("--features", choices=["inception", "lite0"], help="the run's by default, else inception")
+    parser.add_argument("--weights", default="", help="Inception weights; the run's by default")
+    parser.add_argument("--sampler", choices=["ddpm", "ddim"], help="the run's milestone sampler by default")
+    parser.add_argument("--nfe", type=int, help="the run's by default")
+    parser.add_argument("--n", type=int, help="number of samples; the run's milestone number by default")
+    parser.add_argument("--data-root", help="where CIFAR-10 lies; the run's by default, else data")
+    parser.add_argument("--stats-root", help="folder of reference statistics; the run's by default, else stats")
     add_device_option(parser)
     args = parser.parse_args(argv)
-    config, step, model, ema, diffusion = load_run(args.run_dir, check_device(args.device))
-    held_out = load_images(config.data.name, args.data_root or config.data.root, train=False)
-    print(json.dumps(profile_record(step, model, ema, diffusion, held_out[:config.eval.profile_images])))
+    if (args.run_dir is None) == (args.stats is None):
+        parser.error("give either RUN_DIR or --stats")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.against:
+        for record in paired_differences(args.against, args.run_dir):
+            print(json.dumps(record))
+        return 0
+    device = check_device(args.device)
+    if args.stats:
+        network = feature_network(args.features or "inception", args.weights, device)
+        images = [load_images(args.stats, args.data_root or "data", train) for train in (True, False)]
+        distances = Distances(network, args.stats, *images, args.stats_root or "stats")
+        n = args.n or 5000
+        print(json.dumps({"n": n, **distances.origin, "reference_n": distances.reference.n, **distances.context(n)}))
+        return 0
+
+    config, step, model, ema, diffusion = load_run(args.run_dir, device)
+    train, test = (load_images(config.data.name, args.data_root or config.data.root, split) for split in (True, False))
+    if args.curvature:
+        print(json.dumps(curvature_record(config, step, model, diffusion, train.to(device))))
+        return 0
+    if not args.distance:
+        print(json.dumps(profile_record(step, model, ema, diffusion, test[:config.eval.profile_images])))
+        return 0
+    features = args.features or config.eval.features
+    if features == "none":
+        raise RunError(f"{args.run_dir}: its config has eval.features = none; give --features lite0 or inception")
+    n, nfe, sampler = args.n or config.eval.n_samples, args.nfe or config.eval.nfe, args.sampler or config.eval.sampler
+    if not 1 <= nfe <= diffusion.T or n < 2:
+        raise RunError(f"--nfe {nfe} must be from 1 to T = {diffusion.T}, and --n {n} at least 2")
+    network = feature_network(features, args.weights or config.eval.inception_weights, device)
+    distances = Distances(network, config.data.name, train, test, args.stats_root or config.eval.stats_root)
+    samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress="sampling")
+    record, _ = distances.measure(extract(network, samples, progress="features").numpy())
+    print(json.dumps({"step": step, "sampler": sampler, "nfe": nfe, **record}))
     return 0
 
 

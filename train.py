@@ -26,26 +26,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import append_jsonl, filter_jsonl, load_checkpoint, replace_file, save_checkpoint
+from checkpoint import append_jsonl, filter_jsonl, load_checkpoint, read_jsonl, replace_file, save_checkpoint
 from config import Config, config_from_dict, flatten, list_experiments, load_config
 from data import batch_indices, load_images, save_grid, to_model_range
 from diffusion import Diffusion
 from evaluate import (
     CHUNK,
     PROFILE_POINTS,
+    Distances,
     RunError,
     add_device_option,
     build,
     check_device,
+    curvature_record,
+    metric_names,
     profile_record,
     run_script,
     sample_images,
+    save_influence,
 )
+from fid import InceptionV3, Lite0, extract, feature_network
 from model import UNet
 from rng import generator, seed_global
 from weighting import loss_weights
 
-LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "timing.jsonl")
+MAY_CHANGE = ("train.total_steps", "data.root", "eval.stats_root", "eval.inception_weights")  # on resume
+LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing.jsonl")
 
 
 # ---- one training step ----
@@ -145,11 +151,12 @@ def log_record(config: Config, state: State, diffusion: Diffusion, w: Tensor, ba
 # ---- one run ----
 
 def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, held_out: Tensor,
-          saved: dict | None) -> None:
+          distances: Distances | None, saved: dict | None) -> None:
     """Train from `saved` (a checkpoint's content, or None for step 0) to config.train.total_steps.
 
-    images, held_out: uint8 (N, 3, 32, 32). Each step ends with what is due at it, the checkpoint last: so all lines
-    up to a checkpoint's step are complete, and those past it are dropped on resume and made again.
+    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. Each step ends with what is due at
+    it, the checkpoint last: so all lines up to a checkpoint's step are complete, and those past it are dropped on
+    resume and made again.
     """
     state, diffusion = new_state(config, device)
     if saved is not None:
@@ -179,9 +186,13 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             record = log_record(config, state, diffusion, w, batch)
             append_jsonl(run_dir / "loss.jsonl", record)
             progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
+        if config.curvature.every and step % config.curvature.every == 0:
+            with timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
+                record = curvature_record(config, step, state.model, diffusion, images)
+                append_jsonl(run_dir / "curvature.jsonl", record)
         if step % config.eval.every == 0 or last:
             with timed("evaluate"):
-                evaluate_step(config, state, diffusion, held_out, run_dir)
+                evaluate_step(config, state, diffusion, held_out, distances, run_dir)
         if step % config.grid.every == 0 or last:
             with timed("grid"):
                 draw_grid(config, state, diffusion, run_dir)
@@ -196,15 +207,40 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     progress.close()
 
 
-def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: Tensor, run_dir: Path) -> None:
-    """Append the per-t profile, and a milestone's and the end's line of results."""
-    profile = profile_record(state.step, state.model, state.ema, diffusion, held_out)
+def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: Tensor,
+                  distances: Distances | None, run_dir: Path) -> None:
+    """Append the per-t profile, and one line of results per distance: the milestone's, and at the end the final ones.
+
+    At the end a milestone takes the first samples of a final evaluation where these are the same whole chunks.
+    """
+    step, ev = state.step, config.eval
+    profile = profile_record(step, state.model, state.ema, diffusion, held_out)
     append_jsonl(run_dir / "per_t.jsonl", profile)
     means = {f"val/{key}": sum(profile[key]) / len(profile[key]) for key in ("eps_mse_raw", "eps_mse_ema")}
-    if state.step % config.eval.every == 0:
-        append_jsonl(run_dir / "results.jsonl", {"step": state.step, "final": False, **means})
-    if state.step == config.train.total_steps:
-        append_jsonl(run_dir / "results.jsonl", {"step": state.step, "final": True, **means})
+    due = [(False, ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
+    if step == config.train.total_steps:
+        due += [(True, sampler, ev.final_n_samples) for sampler in ev.final_samplers]
+    if distances is None:
+        for final in dict.fromkeys(final for final, _, _ in due):
+            append_jsonl(run_dir / "results.jsonl", {"step": step, "final": final, **means})
+        return
+
+    longest = {sampler: max(n for _, other, n in due if other == sampler) for _, sampler, _ in due}
+    features = {}
+    for final, sampler, n in due:
+        drawn = longest[sampler] if n % CHUNK == 0 else n  # whole chunks are the same however many follow
+        if (sampler, drawn) not in features:
+            samples = sample_images(state.ema, diffusion, drawn, sampler, ev.nfe, config.seed, progress="samples")
+            features[sampler, drawn] = extract(distances.network, samples, progress="features").numpy()
+        record, estimates = distances.measure(features[sampler, drawn][:n])
+        record = {"step": step, "final": final, "sampler": sampler, "nfe": ev.nfe, **record, **means}
+        name = metric_names(ev.features)[0]
+        milestones = [r for r in read_jsonl(run_dir / "results.jsonl") if not r["final"]]
+        if final and milestones:
+            best = min(milestones, key=lambda r: r[name])
+            record |= {f"{name}_min": best[name], f"{name}_min_step": best["step"]}
+        save_influence(run_dir, record, estimates)
+        append_jsonl(run_dir / "results.jsonl", record)
 
 
 def draw_grid(config: Config, state: State, diffusion: Diffusion, run_dir: Path) -> None:
@@ -243,7 +279,7 @@ def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | Non
     saved = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
     old, new = flatten(config_from_dict(saved["config"], str(run_dir))), flatten(config)
     for key in old:
-        if old[key] != new[key] and key not in ("train.total_steps", "data.root"):
+        if old[key] != new[key] and key not in MAY_CHANGE:
             raise RunError(f"{run_dir}: its checkpoint has {key} = {old[key]}, this command {new[key]}; "
                            f"give --set {key}={old[key]}, or another --out")
     if saved["step"] > config.train.total_steps:
@@ -314,16 +350,24 @@ def dry_run(config: Config, device: torch.device) -> None:
     n = min(CHUNK, config.grid.n)
     per_call = seconds_of(lambda: sample_images(state.ema, diffusion, n, "ddim", 1, config.seed), 3) / n
 
-    total = config.train.total_steps
-    evaluations, grids = math.ceil(total / config.eval.every), math.ceil(total / config.grid.every)
-    profile_calls = 2 * min(PROFILE_POINTS, diffusion.T) * config.eval.profile_images
-    phases = [("train", total, "steps", per_step),
-              ("per-t profile", evaluations, "times", profile_calls * per_call),
-              ("grid", grids, "times", config.grid.n * config.grid.nfe * per_call)]
+    total, ev = config.train.total_steps, config.eval
+    milestones = total // ev.every
+    profile_calls = 2 * min(PROFILE_POINTS, diffusion.T) * ev.profile_images
+    phases = [("train", total, per_step),
+              ("per-t profile", math.ceil(total / ev.every), profile_calls * per_call),
+              ("grid", math.ceil(total / config.grid.every), config.grid.n * config.grid.nfe * per_call)]
+    if config.curvature.every:
+        per_record = seconds_of(lambda: curvature_record(config, 0, state.model, diffusion, images), 1)
+        phases.append(("curvature", total // config.curvature.every, per_record))
+    if ev.features != "none":
+        network = {"inception": InceptionV3, "lite0": Lite0}[ev.features]().to(device)  # speed needs no weights
+        per_sample = ev.nfe * per_call + seconds_of(lambda: network(images[:50]), 2) / 50
+        phases += [("milestone", milestones, ev.n_samples * per_sample),
+                   ("final", len(ev.final_samplers), ev.final_n_samples * per_sample)]
     print(f"\nestimate on {device}, {torch.get_num_threads()} threads:")
-    for phase, count, unit, each in phases:
-        print(f"  {phase:14s} {count:>7,} {unit} x {each:9.3f} s = {count * each / 60:8.1f} min")
-    print(f"  {'all':14s} {sum(count * each for _, count, _, each in phases) / 60:46.1f} min")
+    for phase, count, each in phases:
+        print(f"  {phase:14s} {count:>7,} x {each:10.3f} s = {count * each / 60:8.1f} min")
+    print(f"  {'all':14s} {sum(count * each for _, count, each in phases) / 60:35.1f} min")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -363,13 +407,16 @@ def main(argv: list[str] | None = None) -> int:
 
     # All that can be refused is refused before anything is written.
     run_dir = args.out / config.exp / f"seed{config.seed}"
-    images = load_images(config.data.name, config.data.root, train=True)
-    held_out = load_images(config.data.name, config.data.root, train=False)[:config.eval.profile_images]
+    images, test = (load_images(config.data.name, config.data.root, split) for split in (True, False))
+    distances = None
+    if config.eval.features != "none":
+        network = feature_network(config.eval.features, config.eval.inception_weights, device)
+        distances = Distances(network, config.data.name, images, test, config.eval.stats_root)
     saved = prepare(config, run_dir, device, args.resume, args.overwrite)
     if config.train.amp and device.type != "cuda":
         print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")
     try:
-        train(config, run_dir, device, images, held_out, saved)
+        train(config, run_dir, device, images, test[:config.eval.profile_images], distances, saved)
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

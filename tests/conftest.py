@@ -9,11 +9,27 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from rng import generator  # noqa: E402
 
 # A run of seconds: every part of a real run, each as small as it goes.
 TINY = ["data.name=shapes", "model.base_channels=8", "model.channel_mults=[1,2]", "model.num_res_blocks=1",
         "train.total_steps=12", "train.checkpoint_every=5", "log.every=3", "grid.every=6", "grid.n=4", "grid.nfe=2",
-        "eval.every=6", "eval.profile_images=2"]
+        "eval.every=6", "eval.profile_images=2", "eval.features=none", "eval.nfe=2"]
+
+
+def tiny_network(*_):
+    """A stand-in with the interface of a feature network: six fixed linear features."""
+    class Tiny(torch.nn.Module):
+        name, dim, weights_hash = "inception", 6, "hash of the tiny network"
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(3 * 16, 6, generator=generator(0, "tiny")), False)
+
+        def forward(self, x):
+            return torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 4).flatten(1) @ self.weight
+
+    return Tiny()
 
 
 @pytest.fixture(autouse=True)

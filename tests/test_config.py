@@ -34,6 +34,9 @@ def test_the_studys_table():
         assert (c.exp, c.seed, c.data.name, c.train.batch_size, c.train.lr) == (exp, 1077, "cifar10", 4, 1e-4)
         assert (c.train.grad_clip, c.ema.decay, c.diffusion.num_timesteps, c.log.every) == (1.0, 0.999, 1000, 100)
         assert (c.grid.every, c.grid.n, c.grid.sampler, c.grid.nfe) == (5000, 36, "ddim", 20)
+        assert (c.eval.features, c.eval.sampler, c.eval.nfe, c.eval.n_samples) == ("inception", "ddpm", 50, 5000)
+        final = {"E4": ("ddpm", "ddim"), "E8a": ("ddim",), "E8b": ("ddim",), "E8c": ("ddim",)}
+        assert (c.eval.final_samplers, c.eval.final_n_samples) == (final.get(exp, ("ddpm",)), 10_000)
 
 
 def test_every_experiment_loads_and_says_what_it_asks():
@@ -47,7 +50,7 @@ def test_a_comparison_differs_in_its_factor_only():
     assert difference("E1", "E2") == difference("E5", "E6") == difference("E9a", "E9b") == {"loss.weighting"}
     assert difference("E8a", "E8b") == difference("E8b", "E8c") == {"loss.gamma"}
     assert difference("E2", "E3") == {"train.total_steps", "eval.every"}
-    assert difference("E3", "E4") == {"loss.weighting"}
+    assert difference("E3", "E4") == {"loss.weighting", "eval.final_samplers"}
     assert difference("E5", "E9a") == {"diffusion.beta_schedule"}
     assert difference("E5", "E7a") == set()
 
@@ -106,6 +109,11 @@ BAD_OVERRIDES = [
     ("data.name=cifar", "did you mean cifar10?"),
     ("data.root=3", "data.root: 3 is not of type str"),
     ("eval.profile_images=2000", "eval.profile_images: 2000 is out of range"),
+    ("eval.nfe=2000", "eval.nfe: 2000 exceeds diffusion.num_timesteps = 1000"),
+    ("eval.n_samples=1", "eval.n_samples: 1 is out of range, must be >= 2"),
+    ("eval.features=lite", "unknown value 'lite'; did you mean lite0?"),
+    ("eval.final_samplers=[]", "eval.final_samplers: names no sampler"),
+    ("eval.final_samplers=['euler']", "unknown value 'euler'"),
     ("log.every=0", "log.every: 0 is out of range"),
     ("seed=-1", "seed: -1 is out of range"),
 ]

@@ -1,12 +1,16 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_network
 
 import evaluate
+from checkpoint import read_jsonl
 from data import make_shapes
 from diffusion import Diffusion, linear_betas
-from evaluate import RunError, check_device, eval_mode, per_t_profile, sample_images
+from evaluate import Distances, RunError, check_device, eval_mode, paired_differences, per_t_profile, sample_images
+from fid import FeatureError, FeatureStats, extract, frechet_distance, kid
 from model import UNet
 from rng import seed_global
 
@@ -79,3 +83,122 @@ def test_errors(tmp_path):
     for name in ("cuda:77", "gpu"):
         with pytest.raises(RunError, match=f"--device {name}"):
             check_device(name)
+
+
+# ---- distances ----
+
+@pytest.fixture
+def distances(tmp_path):
+    return Distances(tiny_network(), "shapes", make_shapes(300), make_shapes(200, "test"), tmp_path / "stats")
+
+
+def test_a_distance_comes_with_its_context(distances):
+    samples = make_shapes(400)[300:]
+    record, estimates = distances.measure(extract(tiny_network(), samples).numpy())
+    f = [extract(tiny_network(), x).numpy() for x in (samples, distances.train, distances.test[:100])]
+    moments = [(x.mean(axis=0), np.cov(x.astype(np.float64), rowvar=False)) for x in f]
+    assert record["n"] == 100 and record["features"] == "inception" and record["reference"] == "shapes train, n = 300"
+    assert record["val/fid"] == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-4)
+    assert record["floor_test"] == pytest.approx(frechet_distance(*moments[2], *moments[1]), rel=1e-4)
+    assert record["val/kid"] == pytest.approx(kid(f[0], f[1], subset_size=100)[0], rel=1e-6)
+    assert record["floor"] < record["floor_test"] < record["ceiling"] and record["val/fid"] < record["ceiling"]
+    assert record["kid_floor_test"] < record["kid_ceiling"]
+    assert estimates["val/fid"].stderr == record["val/fid_stderr"] > 0
+
+
+def test_a_set_too_small_for_a_floor_has_none(distances):
+    context = distances.context(250)  # there are 200 test images
+    assert context["floor_test"] is None and context["floor"] > 0 and context["ceiling"] > 0
+
+
+def test_statistics_are_made_once_and_stale_ones_are_refused(distances, monkeypatch):
+    reference, context = distances.reference, distances.context(50)
+    assert reference.n == 300 and np.array_equal(reference.sample, extract(tiny_network(), distances.train).numpy())
+    again = Distances(tiny_network(), "shapes", distances.train, distances.test, distances.root)
+    monkeypatch.setattr(evaluate, "extract", None)  # would fail if called
+    assert np.array_equal(again.reference.cov, reference.cov) and again.context(50) == context
+
+    other_images = Distances(tiny_network(), "shapes", distances.train + 1, distances.test, distances.root)
+    with pytest.raises(RunError, match="made with data_hash"):
+        _ = other_images.reference
+    other_weights = tiny_network()
+    other_weights.weights_hash = "other"
+    with pytest.raises(RunError, match="made with weights_hash"):
+        _ = Distances(other_weights, "shapes", distances.train, distances.test, distances.root).reference
+
+
+def test_statistics_published_elsewhere_are_used_with_a_warning(distances):
+    distances.root.mkdir()
+    np.savez(distances.root / "shapes_inception_train.npz", mu=np.zeros(6), sigma=np.eye(6))
+    with pytest.warns(UserWarning, match="unknown origin"):
+        record, _ = distances.measure(extract(tiny_network(), make_shapes(50)).numpy())
+    assert record["reference"] == "shapes train, n = unknown"
+    assert record["val/fid"] == pytest.approx(frechet_distance(
+        *(lambda s: (s.mean, s.cov))(FeatureStats(6).update(extract(tiny_network(), make_shapes(50)))),
+        np.zeros(6), np.eye(6)), rel=1e-9)
+
+
+WITH_FID = ("eval.features=inception", "eval.n_samples=20", "eval.final_n_samples=30")
+
+
+@pytest.fixture
+def run_with_fid(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.feature_network", tiny_network)
+    return lambda exp, *overrides, **kw: run_train(exp, *WITH_FID, f"eval.stats_root='{tmp_path}/s'", *overrides, **kw)
+
+
+def test_distances_in_training(run_with_fid):
+    run_dir = run_with_fid("E4")  # ends with both samplers
+    results = read_jsonl(run_dir / "results.jsonl")
+    assert [(r["step"], r["final"], r["sampler"], r["n"]) for r in results] == [
+        (6, False, "ddpm", 20), (12, False, "ddpm", 20), (12, True, "ddpm", 30), (12, True, "ddim", 30)]
+    for r in results:
+        assert {"nfe", "features", "reference", "floor", "ceiling", "val/fid_stderr", "val/kid"} <= r.keys()
+    milestones = [r["val/fid"] for r in results[:2]]
+    assert results[2]["val/fid_min"] == min(milestones) and "val/fid_min" not in results[0]
+    assert results[2]["val/fid_min_step"] == [6, 12][milestones.index(min(milestones))]
+
+
+def test_a_milestone_at_the_end_is_the_one_that_an_evaluation_of_its_own_gives(run_with_fid, monkeypatch):
+    """Whether its samples are drawn alone or are the first chunks of the final ones."""
+    monkeypatch.setattr("train.CHUNK", 10)
+    monkeypatch.setattr("evaluate.CHUNK", 10)
+    shared = run_with_fid("E1", out="a")
+    monkeypatch.setattr("train.CHUNK", 7)  # 20 is no multiple of 7: drawn alone
+    alone = run_with_fid("E1", out="b")
+    assert (shared / "results.jsonl").read_bytes() == (alone / "results.jsonl").read_bytes()
+
+
+def test_paired_differences_of_two_arms(run_with_fid, capsys):
+    a, b = run_with_fid("E1", "train.lr=1e-2"), run_with_fid("E2", "train.lr=1e-2")
+    differences = paired_differences(a, b)
+    assert len(differences) == 3
+    for d, r_a, r_b in zip(differences, *(read_jsonl(x / "results.jsonl") for x in (a, b)), strict=True):
+        assert d["val/fid"] == r_b["val/fid"] - r_a["val/fid"]
+        assert 0 < d["val/fid_stderr"] < 1.01 * np.hypot(r_a["val/fid_stderr"], r_b["val/fid_stderr"])
+    capsys.readouterr()
+    assert evaluate.main([str(b), "--against", str(a)]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == differences
+    other_seed = run_with_fid("E2", seed=1)
+    with pytest.raises(RunError, match="different seeds"):
+        paired_differences(a, other_seed)
+
+
+def test_the_distance_command_repeats_a_milestone(run_with_fid, monkeypatch, capsys):
+    run_dir = run_with_fid("E1")
+    monkeypatch.setattr("evaluate.feature_network", tiny_network)
+    capsys.readouterr()
+    evaluate.main([str(run_dir), "--distance", "--device", "cpu"])
+    printed, milestone = json.loads(capsys.readouterr().out), read_jsonl(run_dir / "results.jsonl")[1]
+    assert milestone["step"] == 12 and printed.items() <= milestone.items()
+    evaluate.main([str(run_dir), "--distance", "--n", "10", "--sampler", "ddim", "--nfe", "3", "--device", "cpu"])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["n"], printed["sampler"], printed["nfe"]) == (10, "ddim", 3)
+    with pytest.raises(RunError, match="--nfe 5000"):
+        evaluate.main([str(run_dir), "--distance", "--nfe", "5000"])
+
+
+def test_training_without_weights_is_refused_before_it_starts(run_train, tmp_path):
+    with pytest.raises(FeatureError, match="w.pth: no such weights file.*eval.features=lite0"):
+        run_train("E1", "eval.features=inception", f"eval.inception_weights='{tmp_path}/w.pth'")
+    assert not (tmp_path / "runs").exists()

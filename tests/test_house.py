@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-LEAVES = {"config", "rng", "data", "model", "diffusion", "weighting", "checkpoint"}
+LEAVES = {"config", "rng", "data", "model", "diffusion", "weighting", "curvature", "fid", "checkpoint"}
 SCRIPTS = {"train", "sample"}
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
@@ -46,5 +46,5 @@ def test_the_readme_names_every_module_and_every_logged_metric():
     readme = (ROOT / "README.md").read_text()
     assert [m for m in MODULES if f"`{m}.py`" not in readme] == []
     source = (ROOT / "train.py").read_text() + (ROOT / "evaluate.py").read_text()
-    metrics = set(re.findall(r'"((?:train|snr|val)/\w+)"', source))
+    metrics = set(re.findall(r'"((?:train|snr|val|curvature)/\w+)"', source))
     assert len(metrics) > 8 and [m for m in metrics if f"`{m}`" not in readme] == []

@@ -256,10 +256,10 @@ def test_training_learns(run_train):
 
 def test_dry_run_and_list_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sets = [arg for override in TINY for arg in ("--set", override)]
+    sets = [arg for override in [*TINY, "eval.features=lite0"] for arg in ("--set", override)]
     assert train.main(["--exp", "E8c", "--dry-run", "--device", "cpu", *sets]) == 0
     out = capsys.readouterr().out
-    assert "loss.gamma = 5.0" in out and "parameters = " in out and "12 steps x" in out
+    assert "loss.gamma = 5.0" in out and "parameters = " in out and "train               12 x" in out
     assert train.main(["--list"]) == 0
     assert "E8c    Min-SNR, gamma 5, base 64, 5k steps" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -277,7 +277,7 @@ def test_the_real_experiment_on_real_images(cifar10_root, tmp_path):
     """A few steps of E8c as it stands: base 64 on CIFAR-10."""
     assert train.main(["--exp", "E8c", "--device", "cpu", "--data-root", str(cifar10_root), "--out", str(tmp_path),
                        "--set", "train.total_steps=4", "--set", "log.every=2", "--set", "grid.n=1", "--set",
-                       "grid.nfe=1", "--set", "eval.profile_images=1"]) == 0
+                       "grid.nfe=1", "--set", "eval.profile_images=1", "--set", "eval.features=none"]) == 0
     run_dir = tmp_path / "E8c" / "seed1077"
     assert [r["step"] for r in losses(run_dir)] == [2, 4]
     assert all(0.5 < r["train/eps_mse"] < 1.5 for r in losses(run_dir))  # it starts at "eps_hat = 0"
