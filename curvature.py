@@ -78,7 +78,6 @@ class Jet:
         self.c = (c0, c1, c2)
 
     shape = property(lambda self: self.c[0].shape)
-    dtype = property(lambda self: self.c[0].dtype)
 
     def linear(self, f: Callable[[Tensor], Tensor]) -> "Jet":
         return Jet(*map(f, self.c))
@@ -88,17 +87,6 @@ class Jet:
             return Jet(self.c[0] + other, *self.c[1:])
         return Jet(*(a + b for a, b in zip(self.c, other.c, strict=True)))
 
-    __radd__ = __add__
-
-    def __neg__(self):
-        return self.linear(torch.neg)
-
-    def __sub__(self, other):
-        return self + -other
-
-    def __rsub__(self, other):
-        return -self + other
-
     def _product(self, other, f):
         if not isinstance(other, Jet):
             return self.linear(lambda a: f(a, other))
@@ -107,8 +95,6 @@ class Jet:
 
     def __mul__(self, other):
         return self._product(other, torch.mul)
-
-    __rmul__ = __mul__
 
     def __matmul__(self, other):
         return self._product(other, torch.matmul)
@@ -123,7 +109,7 @@ class Jet:
         return [Jet(*parts) for parts in zip(*(a.unbind(dim) for a in self.c), strict=True)]
 
     def __getattr__(self, name):  # methods that act on every coefficient alike
-        if name not in ("reshape", "transpose", "flatten", "mean", "float", "double", "to"):
+        if name not in ("reshape", "transpose", "flatten", "mean", "float"):
             raise AttributeError(f"Jet has no rule for .{name}")
         return lambda *args, **kwargs: self.linear(lambda a: getattr(a, name)(*args, **kwargs))
 
@@ -135,14 +121,14 @@ class Jet:
 def _taylor(x: Jet, f0: Tensor, f1: Tensor, f2: Tensor) -> Jet:
     """f(x) from f and its first two derivatives at c0 (Faa di Bruno)."""
     _, x1, x2 = x.c
-    return Jet(f0, f1 * x1, f1 * x2 + 0.5 * f2 * x1 * x1)
+    return Jet(f0, f1 * x1, torch.addcmul(f1 * x2, f2 * x1, x1, value=0.5))
 
 
 def _silu(x: Jet, inplace=False) -> Jet:
     x0 = x.c[0]
     s = torch.sigmoid(x0)
-    ds = s * (1 - s)
-    return _taylor(x, x0 * s, s + x0 * ds, ds * (2 + x0 * (1 - 2 * s)))
+    ds, y0 = s * (1 - s), x0 * s
+    return _taylor(x, y0, torch.addcmul(s, x0, ds), ds * (2 + x0 - 2 * y0))
 
 
 def _softmax(x: Jet, dim: int, dtype=None) -> Jet:
@@ -183,13 +169,15 @@ def _group_norm(x: Jet, num_groups: int, weight: Jet, bias: Jet, eps: float = 1e
         return m.expand(-1, -1, a.shape[1] // num_groups).reshape(len(a), -1, 1, 1)
 
     x0, x1, x2 = (a - mean(a) for a in x.c)
-    v0, v1, v2 = mean(x0 * x0) + eps, 2 * mean(x0 * x1), mean(x1 * x1 + 2 * x0 * x2)
+    v0, v1, v2 = mean(x0 * x0) + eps, 2 * mean(x0 * x1), mean(torch.addcmul(x1 * x1, x0, x2, value=2))
     r = v0.rsqrt()
     r1, r2 = -0.5 * v1 * r**3, -0.5 * v2 * r**3 + 0.375 * v1 * v1 * r**5  # coefficients of v^(-1/2)
     (w, dw, _), (b, db, _) = ([c.view(1, -1, 1, 1) for c in p.c] for p in (weight, bias))
     # x * r * weight + bias, with the small factors (B, C, 1, 1) multiplied first
     f0, f1, f2 = r * w, r1 * w + r * dw, r2 * w + r1 * dw
-    return Jet(torch.addcmul(b, x0, f0), x1 * f0 + torch.addcmul(db, x0, f1), x2 * f0 + x1 * f1 + x0 * f2)
+    y1 = torch.addcmul(torch.addcmul(db, x0, f1), x1, f0)
+    y2 = torch.addcmul(torch.addcmul(x2 * f0, x1, f1), x0, f2)
+    return Jet(torch.addcmul(b, x0, f0), y1, y2)
 
 
 def _cat(tensors, dim=0) -> Jet:
@@ -208,7 +196,8 @@ def _linearly(func):
 
 RULES = {F.silu: _silu, torch.softmax: _softmax, F.conv2d: _conv2d, F.group_norm: _group_norm, F.dropout: _dropout,
          F.linear: lambda x, weight, bias=None: _weighted(F.linear, x, weight, bias), torch.cat: _cat,
-         F.pad: _linearly(F.pad), F.interpolate: _linearly(F.interpolate), Tensor.sub: lambda a, b: -b + a}
+         F.pad: _linearly(F.pad), F.interpolate: _linearly(F.interpolate),
+         Tensor.sub: lambda a, b: b * -1.0 + a}
 
 
 class _AlongProbe(TorchFunctionMode):

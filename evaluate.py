@@ -159,7 +159,7 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
     record = {"step": step, "num_probes": P, "batch_size": B}
     for name, weights in (("hutch_trace", w[t]), ("hutch_trace_unweighted", torch.ones_like(forms))):
         trace = summarise((weights * forms).mean(dim=1).tolist())
-        record |= {f"curvature/{name}_{key}": getattr(trace, key) for key in ("mean", "std", "stderr")}
+        record |= {f"curvature/{name}_{key}": getattr(trace, key) for key in ("mean", "std", "stderr", "samples")}
     bins = t * T_BINS // T
     record["curvature/hutch_trace_t_bins"] = [forms[bins == b].mean().item() if (bins == b).any() else None
                                               for b in range(T_BINS)]

@@ -176,7 +176,8 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     while state.step < total:
         with timed("train"):
             batch = train_step(config, state, diffusion, w, images)
-            if not math.isfinite(batch["grad_norm"]):
+            # in fp16 the scaler skips a step whose gradient overflowed, and that is no failure
+            if not math.isfinite(batch["loss"] if state.scaler.is_enabled() else batch["grad_norm"]):
                 raise FloatingPointError(f"step {state.step}: loss {batch['loss'].item()}, gradient norm "
                                          f"{batch['grad_norm'].item()}; the last checkpoint is untouched")
         step, last = state.step, state.step == total
