@@ -278,6 +278,9 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
         b = others.get(tuple(a[k] for k in same)) if "sampler" in a else None
         if b is None:
             continue
+        for path in (influence_path(run_a, a), influence_path(run_b, b)):
+            if not path.exists():
+                raise RunError(f"{path}: missing, so the error of the difference cannot be told")
         with np.load(influence_path(run_a, a)) as file_a, np.load(influence_path(run_b, b)) as file_b:
             record = {key: a[key] for key in same}
             for name in metric_names(a["features"]):
@@ -343,6 +346,8 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(record))
         return 0
     device = check_device(args.device)
+    if args.n is not None and args.n < 2:
+        raise RunError(f"--n {args.n}: must be at least 2")
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
         images = [load_images(args.stats, args.data_root or "data", train) for train in (True, False)]
@@ -362,9 +367,10 @@ def main(argv: list[str] | None = None) -> int:
     features = args.features or config.eval.features
     if features == "none":
         raise RunError(f"{args.run_dir}: its config has eval.features = none; give --features lite0 or inception")
-    n, nfe, sampler = args.n or config.eval.n_samples, args.nfe or config.eval.nfe, args.sampler or config.eval.sampler
-    if not 1 <= nfe <= diffusion.T or n < 2:
-        raise RunError(f"--nfe {nfe} must be from 1 to T = {diffusion.T}, and --n {n} at least 2")
+    n, nfe = args.n or config.eval.n_samples, config.eval.nfe if args.nfe is None else args.nfe
+    sampler = args.sampler or config.eval.sampler
+    if not 1 <= nfe <= diffusion.T:
+        raise RunError(f"--nfe {nfe}: must be from 1 to T = {diffusion.T}")
     network = feature_network(features, args.weights or config.eval.inception_weights, device)
     distances = Distances(network, config.data.name, train, test, args.stats_root or config.eval.stats_root)
     samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress="sampling")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -294,6 +295,15 @@ def extract(network: nn.Module, images: Tensor, batch_size: int = 50, progress: 
 
 # ---- moments ----
 
+def load_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file. Raises FeatureError for anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare .npy
+        raise FeatureError(f"{path}: neither a folder nor a readable npz ({error})") from None
+
+
 class FeatureStats:
     """Mean and covariance of features, streamed and mergeable, in float64 (Chan et al. 1979).
 
@@ -356,12 +366,10 @@ class FeatureStats:
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
         """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises FeatureError."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                content = dict(file)
-            mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise FeatureError(f"{path}: no npz with mu and sigma ({error})") from None
+        content = load_npz(path)
+        if not {"mu", "sigma"} <= content.keys():
+            raise FeatureError(f"{path}: holds {', '.join(content) or 'nothing'}; expected mu and sigma")
+        mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise FeatureError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit together")
         stats = cls(len(mu), *(str(content[key]) if key in content else None
@@ -521,11 +529,7 @@ def read_images(path: Path) -> Iterator[Tensor]:
                 raise FeatureError(f"{file}: not a readable image ({error})") from None
             yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
         return
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array = file[file.files[0]]
-    except (OSError, ValueError, IndexError, EOFError) as error:
-        raise FeatureError(f"{path}: neither a folder nor an npz ({error})") from None
+    array = next(iter(load_npz(path).values()), np.empty(0))
     if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
         raise FeatureError(f"{path}: holds {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
     images = torch.from_numpy(array)
@@ -546,14 +550,12 @@ def batched(images: Iterator[Tensor], size: int = 50) -> Iterator[Tensor]:
 
 def stats_of(path: Path, network: nn.Module) -> FeatureStats:
     """Statistics of a folder or npz of images, or those that an npz holds. Raises FeatureError."""
-    if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as file:
-            if {"mu", "sigma"} <= set(file.files):
-                stats = FeatureStats.load(path)
-                if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
-                    raise FeatureError(f"{path}: statistics of {stats.features or stats.dim}, not of {network.name} "
-                                       "with these weights")
-                return stats
+    if path.is_file() and {"mu", "sigma"} <= load_npz(path).keys():
+        stats = FeatureStats.load(path)
+        if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
+            raise FeatureError(f"{path}: statistics of {stats.features or stats.dim}, not of {network.name} with these "
+                               "weights")
+        return stats
     stats = FeatureStats(network.dim, network.name, network.weights_hash)
     device = next(network.parameters()).device
     with tqdm(desc=str(path), unit="image", disable=None, leave=False) as progress:
@@ -579,7 +581,11 @@ def main(argv: list[str] | None = None) -> int:
     for path in [args.a] if args.save_stats else [args.a, args.b]:
         if not path.exists():
             raise FeatureError(f"{path}: no such file or folder")
-    network = feature_network(args.features, args.weights, args.device)
+    network = feature_network(args.features, args.weights)
+    try:
+        network.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise FeatureError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     a = stats_of(args.a, network)
     if args.save_stats:
         a.save(args.b)

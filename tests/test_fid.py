@@ -286,7 +286,7 @@ def test_bad_features_are_refused():
         stats.merge(FeatureStats(9))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\3\4 a zip cut short", None])
 def test_files_that_hold_no_statistics(tmp_path, content):
     path = tmp_path / "s.npz"
     if content is None:
@@ -489,7 +489,7 @@ def test_statistics_of_another_network_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["nowhere", "empty folder", "text as image", "float array", "text as npz",
-                                  "one image"])
+                                  "one image", "cut zip", "npy"])
 def test_bad_inputs_of_the_command(tmp_path, monkeypatch, case):
     monkeypatch.setattr(fid, "feature_network", lambda *_: tiny_network())
     path = tmp_path / "in"
@@ -502,12 +502,23 @@ def test_bad_inputs_of_the_command(tmp_path, monkeypatch, case):
         np.savez(path, np.zeros((4, 32, 32, 3)))
     if case == "text as npz":
         path.write_text("no npz")
+    if case == "cut zip":
+        path.write_bytes(b"PK\3\4 a zip cut short")
+    if case == "npy":
+        path = tmp_path / "in.npy"
+        np.save(path, np.zeros((4, 32, 32, 3), np.uint8))
     if case == "one image":
         path = tmp_path / "in.npz"
         np.savez(path, np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(FeatureError) as error:
         fid.main([str(path), str(path)])
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_device_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "feature_network", lambda *_: tiny_network())
+    with pytest.raises(FeatureError, match="--device cuda:77"):
+        fid.main([str(tmp_path), str(tmp_path), "--device", "cuda:77"])
 
 
 def test_the_command_fails_in_one_line(tmp_path):
