@@ -60,7 +60,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DiffusionConfig:
     beta_schedule: Literal["linear", "cosine"]
-    num_timesteps: Count                            # T
+    num_timesteps: Annotated[int, Range(ge=1, le=10_000)]  # T
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def hutchinson_trace(loss_fn: Callable[[int], Tensor], params: Iterable[Tensor],
                      generator: torch.Generator | None = None) -> TraceEstimate:
     """tr H of a scalar loss over params, by double backward.
 
-    loss_fn(probe_index) -> scalar loss: a new graph at each call. Nothing is left behind: no .grad, no graph, no draw
+    loss_fn(probe_index) -> scalar loss: a new graph at each call, run without autocast. The model should be in eval
+    mode: a dropout mask is no property of the loss. Nothing is left behind: no .grad, no graph, no draw
     from the global generator if one is given. Raises ValueError for num_probes < 1, no params, or a loss that is not
     a scalar.
     """
@@ -54,7 +55,7 @@ def hutchinson_trace(loss_fn: Callable[[int], Tensor], params: Iterable[Tensor],
     samples = []
     for j in range(num_probes):
         v = rademacher(params, generator)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(params[0].device.type, enabled=False):
             loss = loss_fn(j)
             if loss.numel() != 1:
                 raise ValueError(f"loss of shape {tuple(loss.shape)}: must be a scalar")

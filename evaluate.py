@@ -188,12 +188,24 @@ class Distances:
     def data_hash(self) -> str:
         return hashlib.sha256(self.train.cpu().numpy()).hexdigest()
 
+    def check_cache(self) -> None:
+        """Raise RunError or FeatureError now, where cached statistics would be refused at the first milestone."""
+        if self.reference_path.exists():
+            _ = self.reference
+
+    @property
+    def reference_path(self) -> Path:
+        return self.root / f"{self.data_name}_{self.network.name}_train.npz"
+
     @cached_property
     def reference(self) -> FeatureStats:
         """Statistics of all training images, from the cache or made now. Raises RunError for stale ones."""
-        path = self.root / f"{self.data_name}_{self.network.name}_train.npz"
+        path = self.reference_path
         if path.exists():
             stats = FeatureStats.load(path)
+            if stats.dim != self.network.dim:
+                raise RunError(f"{path}: {stats.dim} features, but {self.network.name} has {self.network.dim}; remove "
+                               "it to have it made again, or give another eval.stats_root")
             for key, value in self.origin.items():
                 if getattr(stats, key) not in (None, value):
                     raise RunError(f"{path}: made with {key} {getattr(stats, key)[:12]}, not {value[:12]}; remove it "
@@ -201,7 +213,9 @@ class Distances:
         else:
             stats = FeatureStats(self.network.dim, **self.origin)
             features = extract(self.network, self.train, progress=f"{path.name}, once").numpy()
-            stats.update(features).sample = features[:SAMPLE]
+            for part in np.split(features, range(1000, len(features), 1000)):
+                stats.update(part)
+            stats.sample = features[:SAMPLE]
             self.root.mkdir(parents=True, exist_ok=True)
             stats.save(path)
         if stats.sample is None:  # statistics published elsewhere
@@ -297,9 +311,16 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def check_device(name: str) -> torch.device:
-    """The torch.device of that name, or RunError if it is not of this machine."""
+    """The torch.device of that name, or RunError if it is not of this machine.
+
+    On CUDA it also makes convolutions repeatable and fp32 mean fp32: mixed precision is train.amp's business.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("must be cpu, cuda or cuda:N")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -312,7 +333,7 @@ def run_script(main) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     try:
         sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, FeatureError, RunError) as error:
+    except (ConfigError, DataError, CheckpointError, FeatureError, RunError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -336,6 +357,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.run_dir is None) == (args.stats is None):
         parser.error("give either RUN_DIR or --stats")
+    reads = {"--features": args.stats or args.distance, "--weights": args.stats or args.distance,
+             "--n": args.stats or args.distance, "--stats-root": args.stats or args.distance,
+             "--sampler": args.distance, "--nfe": args.distance, "--data-root": not args.against}
+    for option, read in reads.items():
+        if getattr(args, option[2:].replace("-", "_")) and not read:
+            parser.error(f"{option} has no effect here; it goes with --distance or --stats")
     return args
 
 

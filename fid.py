@@ -11,6 +11,7 @@ distance on EfficientNet-Lite0 features, whose weights come with pip: a real mea
 import argparse
 import hashlib
 import json
+import os
 import sys
 import warnings
 import zipfile
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -241,8 +242,8 @@ def inception_weights(path: str | Path | None = None) -> Path:
     else:
         file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
             try:  # to a temporary name, then renamed once the hash is right
+                file.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256, sys.stderr.isatty())
             except (OSError, RuntimeError) as error:
                 raise FeatureError(f"Inception weights: not in {file}, and the download failed ({error}); "
@@ -328,7 +329,8 @@ class FeatureStats:
             raise ValueError("features are not finite")
         if len(x):
             mean = x.mean(axis=0)
-            self._add(len(x), mean, (x - mean).T @ (x - mean))
+            centred = x - mean
+            self._add(len(x), mean, centred.T @ centred)
         return self
 
     def merge(self, other: "FeatureStats") -> "FeatureStats":
@@ -358,10 +360,12 @@ class FeatureStats:
 
     def save(self, path: str | Path) -> None:
         """npz with mu, sigma, n, and what is known of origin and sample."""
-        origin = {key: value for key in ("features", "weights_hash", "data_hash", "sample")
+        origin = {key: value for key in ("n", "features", "weights_hash", "data_hash", "sample")
                   if (value := getattr(self, key)) is not None}
-        with open(path, "wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.cov, n=self.n, **origin)
+        temporary = Path(f"{path}.tmp")  # renamed when whole, since two runs may share the file
+        with open(temporary, "wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.cov, **origin)
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
@@ -442,7 +446,7 @@ def _estimate(value: float, influence: np.ndarray) -> Estimate:
 
 
 def warn_if_singular(stats: FeatureStats) -> None:
-    if stats.n < stats.dim:
+    if stats.n is not None and stats.n < stats.dim:
         warnings.warn(f"{stats.n} samples for {stats.dim} features: the covariance is singular and the Frechet "
                       "distance biased upwards; compare it at equal n only", stacklevel=3)
 
@@ -525,7 +529,7 @@ def read_images(path: Path) -> Iterator[Tensor]:
             try:
                 with Image.open(file) as image:
                     pixels = np.array(image.convert("RGB"))
-            except (OSError, UnidentifiedImageError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise FeatureError(f"{file}: not a readable image ({error})") from None
             yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
         return
@@ -555,6 +559,7 @@ def stats_of(path: Path, network: nn.Module) -> FeatureStats:
         if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
             raise FeatureError(f"{path}: statistics of {stats.features or stats.dim}, not of {network.name} with these "
                                "weights")
+        warn_if_singular(stats)
         return stats
     stats = FeatureStats(network.dim, network.name, network.weights_hash)
     device = next(network.parameters()).device
@@ -578,6 +583,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    if args.weights and args.features == "lite0":
+        parser.error("--weights are Inception's; lite0's come with its package")
     for path in [args.a] if args.save_stats else [args.a, args.b]:
         if not path.exists():
             raise FeatureError(f"{path}: no such file or folder")
@@ -592,7 +600,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.b}: statistics of {a.n} images")
         return 0
     b = stats_of(args.b, network)
-    value = frechet_distance(a.mean, a.cov, b.mean, b.cov, method="eigh")
+    try:
+        value = frechet_distance(a.mean, a.cov, b.mean, b.cov, method="eigh")
+    except ValueError as error:  # sigma1 is of A, sigma2 of B
+        raise FeatureError(f"{args.a} and {args.b}: {error}") from None
     name = "fid" if args.features == "inception" else f"fd_{args.features}"
     if args.json:
         print(json.dumps({name: value, "n": [a.n, b.n], "features": args.features,
@@ -606,6 +617,6 @@ if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_, **__: f"fid.py: warning: {message}\n"
     try:
         sys.exit(main())
-    except FeatureError as error:
+    except (FeatureError, OSError) as error:
         print(f"fid.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -36,4 +36,5 @@ def seed_global(seed: int, purpose: str, index: int = 0, device="cpu") -> None:
     """
     torch.default_generator.manual_seed(derive_seed(seed, purpose, index))
     if torch.device(device).type == "cuda":
-        torch.cuda.manual_seed(derive_seed(seed, purpose, index))
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(derive_seed(seed, purpose, index))

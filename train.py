@@ -26,9 +26,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import append_jsonl, filter_jsonl, load_checkpoint, read_jsonl, replace_file, save_checkpoint
-from config import Config, config_from_dict, flatten, list_experiments, load_config
-from data import batch_indices, load_images, save_grid, to_model_range
+from checkpoint import (
+    LAST,
+    PREVIOUS,
+    append_jsonl,
+    filter_jsonl,
+    load_checkpoint,
+    read_jsonl,
+    replace_file,
+    save_checkpoint,
+)
+from config import SETTABLE, Config, config_from_dict, flatten, list_experiments, load_config
+from data import SHAPES_TRAIN, batch_indices, load_images, save_grid, to_model_range
 from diffusion import Diffusion
 from evaluate import (
     CHUNK,
@@ -139,12 +148,14 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
 
 def log_record(config: Config, state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, Tensor]) -> dict:
     """One line of loss.jsonl: the batch of this step, and the window's means since the line before."""
+    grad_norm = batch["grad_norm"].item()  # not finite in a step that the fp16 scaler skipped: logged as null
     snr, window = diffusion.snr[batch["t"]], (state.window / config.log.every).tolist()
     state.window.zero_()
     return {"step": state.step,
             "train/loss": batch["loss"].item(), "train/eps_mse": batch["eps_mse"].item(),
             "train/loss_mean": window[0], "train/eps_mse_mean": window[1],
-            "train/grad_global_L2": batch["grad_norm"].item(), "train/weight_mean": w[batch["t"]].mean().item(),
+            "train/grad_global_L2": grad_norm if math.isfinite(grad_norm) else None,
+            "train/weight_mean": w[batch["t"]].mean().item(),
             "snr/mean": snr.mean().item(), "snr/min": snr.min().item(), "snr/max": snr.max().item()}
 
 
@@ -164,7 +175,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     images, total = images.to(device), config.train.total_steps
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
 
-    seconds = Counter()
+    seconds, timed_from = Counter(), state.step
 
     @contextmanager
     def timed(phase):
@@ -201,7 +212,8 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             with timed("checkpoint"):
                 save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
         if step % config.log.every == 0 or last:
-            images_per_second = config.train.batch_size * config.log.every / seconds["train"]
+            images_per_second = config.train.batch_size * (step - timed_from) / seconds["train"]
+            timed_from = step
             append_jsonl(run_dir / "timing.jsonl", {"step": step, "images_per_second": images_per_second,
                                                     **{f"seconds/{phase}": s for phase, s in seconds.items()}})
             seconds.clear()
@@ -274,18 +286,18 @@ def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | Non
     """The checkpoint to go on from, or None where the run was stopped before its first. Raises RunError."""
     if not (run_dir / "config.json").exists():
         raise RunError(f"{run_dir}: no run to resume; drop --resume to start it")
-    if not (run_dir / "checkpoints").exists():
+    if not any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS)):
         print(f"{run_dir}: stopped before its first checkpoint; starting from step 0")
         return None
     saved = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
     old, new = flatten(config_from_dict(saved["config"], str(run_dir))), flatten(config)
-    for key in old:
+    for key in ("exp", *SETTABLE):
         if old[key] != new[key] and key not in MAY_CHANGE:
-            raise RunError(f"{run_dir}: its checkpoint has {key} = {old[key]}, this command {new[key]}; "
-                           f"give --set {key}={old[key]}, or another --out")
-    if saved["step"] > config.train.total_steps:
-        raise RunError(f"{run_dir}: its checkpoint is at step {saved['step']}, past train.total_steps = "
-                       f"{config.train.total_steps}")
+            raise RunError(f"{run_dir}: its checkpoint has {key} = {json.dumps(old[key])}, this command "
+                           f"{json.dumps(new[key])}; give --set '{key}={json.dumps(old[key])}', or another --out")
+    if new["train.total_steps"] < old["train.total_steps"]:
+        raise RunError(f"{run_dir}: was started with train.total_steps = {old['train.total_steps']}; it may grow on "
+                       f"resume, not shrink to {new['train.total_steps']}")
     return saved
 
 
@@ -362,8 +374,12 @@ def dry_run(config: Config, device: torch.device) -> None:
         phases.append(("curvature", total // config.curvature.every, per_record))
     if ev.features != "none":
         network = {"inception": InceptionV3, "lite0": Lite0}[ev.features]().to(device)  # speed needs no weights
-        per_sample = ev.nfe * per_call + seconds_of(lambda: network(images[:50]), 2) / 50
-        phases += [("milestone", milestones, ev.n_samples * per_sample),
+        per_image = seconds_of(lambda: network(images[:50]), 2) / 50
+        per_sample = ev.nfe * per_call + per_image
+        n_reference = {"cifar10": 50_000, "shapes": SHAPES_TRAIN}[config.data.name]
+        context = 3 * sum({ev.final_n_samples, ev.n_samples} if milestones else {ev.final_n_samples})
+        phases += [("statistics", 1, (n_reference + context) * per_image),  # unless cached in eval.stats_root
+                   ("milestone", milestones, ev.n_samples * per_sample),
                    ("final", len(ev.final_samplers), ev.final_n_samples * per_sample)]
     print(f"\nestimate on {device}, {torch.get_num_threads()} threads:")
     for phase, count, each in phases:
@@ -413,6 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.eval.features != "none":
         network = feature_network(config.eval.features, config.eval.inception_weights, device)
         distances = Distances(network, config.data.name, images, test, config.eval.stats_root)
+        distances.check_cache()
     saved = prepare(config, run_dir, device, args.resume, args.overwrite)
     if config.train.amp and device.type != "cuda":
         print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")

@@ -174,10 +174,11 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--exp", "E99"], "unknown experiment 'E99'"),
+    (["--exp", "smoke", "--set", "eval.features=none", "--out", ROOT / "README.md"], "Not a directory"),
     (["--exp", "E8c", "--set", "loss.gamma=0"], "loss.gamma: 0.0 is out of range"),
 ])
 def test_the_command_says_it_in_one_line_with_status_2(tmp_path, flags, message):
-    done = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--out", tmp_path / "runs"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path / "runs", *flags], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("train.py: error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -36,6 +36,14 @@ def test_samples_depend_on_seed_and_chunk_only(net, monkeypatch):
     assert net.training
 
 
+def test_each_chunk_has_noise_of_its_own(net, monkeypatch):
+    streams, real = [], evaluate.generator
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    monkeypatch.setattr(evaluate, "generator", lambda *args: (streams.append(args), real(*args))[1])
+    sample_images(net, D, 10, "ddpm", 2, seed=1)
+    assert streams == [(1, purpose, i) for i in range(3) for purpose in ("x_T", "sampler_noise")]
+
+
 def test_samplers_start_from_the_same_noise_and_eta_is_used(net):
     ddpm, ddim = (sample_images(net, D, 2, sampler, 1, seed=1) for sampler in ("ddpm", "ddim"))
     assert torch.equal(ddpm, ddim)  # one step from x_T to x_0 has no noise of its own
@@ -80,7 +88,7 @@ def test_the_command_measures_a_finished_run(run_train, capsys):
 def test_errors(tmp_path):
     with pytest.raises(RunError, match="not a run directory"):
         evaluate.main([str(tmp_path / "nowhere")])
-    for name in ("cuda:77", "gpu"):
+    for name in ("cuda:77", "gpu", "meta"):
         with pytest.raises(RunError, match=f"--device {name}"):
             check_device(name)
 
@@ -125,6 +133,24 @@ def test_statistics_are_made_once_and_stale_ones_are_refused(distances, monkeypa
     other_weights.weights_hash = "other"
     with pytest.raises(RunError, match="made with weights_hash"):
         _ = Distances(other_weights, "shapes", distances.train, distances.test, distances.root).reference
+
+
+def test_statistics_of_another_dimension_are_refused_before_training(distances):
+    distances.check_cache()  # nothing cached, nothing to refuse
+    distances.root.mkdir()
+    np.savez(distances.root / "shapes_inception_train.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.warns(UserWarning, match="unknown origin"), pytest.raises(RunError, match="5 features, but inception"):
+        distances.check_cache()
+
+
+@pytest.mark.parametrize("flags", [
+    ["run", "--n", "10"], ["run", "--curvature", "--nfe", "5"], ["run", "--sampler", "ddim"],
+    ["--stats", "shapes", "--nfe", "5"], [], ["run", "--stats", "shapes"],
+])
+def test_options_without_effect_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(flags)
+    assert stop.value.code == 2 and "error" in capsys.readouterr().err
 
 
 def test_statistics_published_elsewhere_are_used_with_a_warning(distances):

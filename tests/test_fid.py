@@ -515,6 +515,13 @@ def test_bad_inputs_of_the_command(tmp_path, monkeypatch, case):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_statistics_that_are_no_distribution_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "feature_network", lambda *_: tiny_network())
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
+    with pytest.warns(UserWarning, match="unknown origin"), pytest.raises(FeatureError, match="nan.npz.*not finite"):
+        fid.main([str(tmp_path / "nan.npz"), str(tmp_path / "nan.npz")])
+
+
 def test_an_unknown_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "feature_network", lambda *_: tiny_network())
     with pytest.raises(FeatureError, match="--device cuda:77"):
