@@ -304,14 +304,14 @@ def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | Non
 def rewind_logs(config: Config, run_dir: Path, step: int) -> None:
     """Drop what a run that reached `step` without stopping would not have written by then."""
     total = config.train.total_steps
-
-    def keep(record):
-        return record["step"] <= step and (not record["final"] or record["step"] == total)
-
     for name in LOGS:
-        due = config.eval.every if name in ("results.jsonl", "per_t.jsonl") else 1
-        filter_jsonl(run_dir / name, lambda record, due=due: keep({"final": False, **record})
-                     and (record["step"] % due == 0 or record["step"] == total))
+        every = config.eval.every if name in ("results.jsonl", "per_t.jsonl") else 1
+
+        def keep(record, every=every):
+            due = record["step"] % every == 0 and not record.get("final")
+            return record["step"] <= step and (due or record["step"] == total)
+
+        filter_jsonl(run_dir / name, keep)
 
 
 def prepare(config: Config, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> dict | None:
