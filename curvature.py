@@ -132,7 +132,7 @@ def _silu(x: Jet, inplace=False) -> Jet:
     return _taylor(x, y0, torch.addcmul(s, x0, ds), ds * (2 + x0 - 2 * y0))
 
 
-def _softmax(x: Jet, dim: int, dtype=None) -> Jet:
+def _softmax(x: Jet, dim: int) -> Jet:
     p0 = torch.softmax(x.c[0], dim)
     # exp(x - x0) / its sum under p0: the normaliser's coefficients are moments of x under p0
     e1, e2 = x.c[1], x.c[2] + 0.5 * x.c[1].square()

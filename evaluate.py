@@ -278,12 +278,12 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     correlated, and the error of the difference is that of the paired influences. Raises RunError where two runs have
     no measurement in common, or different seeds.
     """
-    configs = [json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else None
-               for run in (run_a, run_b)]
-    for run, config in zip((run_a, run_b), configs, strict=True):
-        if config is None:
+    seeds = []
+    for run in (run_a, run_b):
+        if not (run / "config.json").exists():
             raise RunError(f"{run}: not a run directory (no config.json)")
-    if configs[0]["seed"] != configs[1]["seed"]:
+        seeds.append(json.loads((run / "config.json").read_text())["seed"])
+    if seeds[0] != seeds[1]:
         raise RunError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
     same = ("step", "final", "sampler", "nfe", "n", "features", "reference")
     others = {tuple(r[k] for k in same): r for r in read_jsonl(run_b / "results.jsonl") if "sampler" in r}
@@ -292,10 +292,11 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
         b = others.get(tuple(a[k] for k in same)) if "sampler" in a else None
         if b is None:
             continue
-        for path in (influence_path(run_a, a), influence_path(run_b, b)):
+        paths = influence_path(run_a, a), influence_path(run_b, b)
+        for path in paths:
             if not path.exists():
                 raise RunError(f"{path}: missing, so the error of the difference cannot be told")
-        with np.load(influence_path(run_a, a)) as file_a, np.load(influence_path(run_b, b)) as file_b:
+        with np.load(paths[0]) as file_a, np.load(paths[1]) as file_b:
             record = {key: a[key] for key in same}
             for name in metric_names(a["features"]):
                 pull = file_b[name].astype(np.float64) - file_a[name]

@@ -370,7 +370,11 @@ class FeatureStats:
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
         """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises FeatureError."""
-        content = load_npz(path)
+        return cls.from_arrays(load_npz(path), path)
+
+    @classmethod
+    def from_arrays(cls, content: dict[str, np.ndarray], path: str | Path) -> "FeatureStats":
+        """The same from the arrays of an npz that is already read; path is for messages."""
         if not {"mu", "sigma"} <= content.keys():
             raise FeatureError(f"{path}: holds {', '.join(content) or 'nothing'}; expected mu and sigma")
         mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
@@ -519,21 +523,23 @@ def kid_estimate(x: np.ndarray, y: np.ndarray) -> Estimate:
 IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def read_images(path: Path) -> Iterator[Tensor]:
-    """Batches of uint8 (B, 3, H, W) from a folder (by name) or an npz's first array. Raises FeatureError."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES)
-        if not files:
-            raise FeatureError(f"{path}: no images ({' '.join(sorted(IMAGE_TYPES))})")
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    pixels = np.array(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise FeatureError(f"{file}: not a readable image ({error})") from None
-            yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        return
-    array = next(iter(load_npz(path).values()), np.empty(0))
+def folder_images(path: Path) -> Iterator[Tensor]:
+    """uint8 (1, 3, H, W) for each image below a folder, sorted by name. Raises FeatureError."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES)
+    if not files:
+        raise FeatureError(f"{path}: no images ({' '.join(sorted(IMAGE_TYPES))})")
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                pixels = np.array(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise FeatureError(f"{file}: not a readable image ({error})") from None
+        yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def array_images(content: dict[str, np.ndarray], path: Path) -> Iterator[Tensor]:
+    """Batches of uint8 (B, 3, H, W) from an npz's first array; path is for messages. Raises FeatureError."""
+    array = next(iter(content.values()), np.empty(0))
     if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
         raise FeatureError(f"{path}: holds {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
     images = torch.from_numpy(array)
@@ -554,17 +560,19 @@ def batched(images: Iterator[Tensor], size: int = 50) -> Iterator[Tensor]:
 
 def stats_of(path: Path, network: nn.Module) -> FeatureStats:
     """Statistics of a folder or npz of images, or those that an npz holds. Raises FeatureError."""
-    if path.is_file() and {"mu", "sigma"} <= load_npz(path).keys():
-        stats = FeatureStats.load(path)
+    content = None if path.is_dir() else load_npz(path)
+    if content is not None and {"mu", "sigma"} <= content.keys():
+        stats = FeatureStats.from_arrays(content, path)
         if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
             raise FeatureError(f"{path}: statistics of {stats.features or stats.dim}, not of {network.name} with these "
                                "weights")
         warn_if_singular(stats)
         return stats
+    images = folder_images(path) if content is None else array_images(content, path)
     stats = FeatureStats(network.dim, network.name, network.weights_hash)
     device = next(network.parameters()).device
     with tqdm(desc=str(path), unit="image", disable=None, leave=False) as progress:
-        for batch in batched(read_images(path)):
+        for batch in batched(images):
             stats.update(network(batch.to(device)).cpu())
             progress.update(len(batch))
     if stats.n < 2:
