@@ -17,8 +17,16 @@ from typing import Annotated, Literal
 EXPERIMENTS = Path(__file__).with_name("experiments.toml")
 
 
+def one_line(text: object) -> str:
+    """text with every character that does not print, line breaks above all, as its escape sequence."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class ConfigError(ValueError):
     """One line: file, key, what is wrong, and the nearest valid name where there is one."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Range:
     lt: float = math.inf
 
     def __contains__(self, x: float) -> bool:
-        return math.isfinite(x) and self.ge <= x <= self.le and self.gt < x < self.lt
+        return self.ge <= x <= self.le and self.gt < x < self.lt and math.isfinite(x)
 
     def __str__(self) -> str:
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -38,7 +46,8 @@ class Range:
         return " and ".join(limits or ["finite"])
 
 
-Count = Annotated[int, Range(ge=1)]
+Count = Annotated[int, Range(ge=1, lt=2**63)]
+MAX_SAMPLES = 1_000_000
 Sampler = Literal["ddpm", "ddim"]
 
 
@@ -50,9 +59,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    base_channels: Annotated[int, Range(ge=4)]      # channels at 32x32; a multiple of the GroupNorm groups
-    channel_mults: tuple[Count, ...]                # one per resolution: 32, 16, 8, ...
-    num_res_blocks: Count                           # per resolution on the way down; one more on the way up
+    base_channels: Annotated[int, Range(ge=4, le=4096)]      # channels at 32x32; a multiple of the GroupNorm groups
+    channel_mults: tuple[Annotated[int, Range(ge=1, le=64)], ...]  # one per resolution: 32, 16, 8, ...
+    num_res_blocks: Annotated[int, Range(ge=1, le=64)]  # per resolution on the way down; one more on the way up
     attn_resolutions: tuple[Count, ...]             # resolutions whose blocks end in attention
     dropout: Annotated[float, Range(ge=0, lt=1)]
 
@@ -72,7 +81,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     total_steps: Count
-    batch_size: Count
+    batch_size: Annotated[int, Range(ge=1, le=100_000)]
     lr: Annotated[float, Range(gt=0)]               # of Adam, constant
     grad_clip: Annotated[float, Range(gt=0)]        # largest global L2 norm of the gradient
     amp: bool                                       # mixed precision, where the device is CUDA
@@ -106,15 +115,15 @@ class EvalConfig:
     stats_root: str                                 # folder of reference statistics, made when first needed
     nfe: Count
     sampler: Sampler                                # of milestones
-    n_samples: Annotated[int, Range(ge=2)]
+    n_samples: Annotated[int, Range(ge=2, le=MAX_SAMPLES)]
     final_samplers: tuple[Sampler, ...]             # of the evaluation at the end
-    final_n_samples: Annotated[int, Range(ge=2)]
+    final_n_samples: Annotated[int, Range(ge=2, le=MAX_SAMPLES)]
 
 
 @dataclass(frozen=True)
 class CurvatureConfig:
-    every: Annotated[int, Range(ge=0)]              # steps; 0 never
-    num_probes: Annotated[int, Range(ge=2)]
+    every: Annotated[int, Range(ge=0, lt=2**63)]    # steps; 0 never
+    num_probes: Annotated[int, Range(ge=2, le=100_000)]
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,10 @@ def _convert(value: object, hint: object) -> object:
             raise ValueError(f"{value!r} is not a list")
         return tuple(_convert(v, args[0]) for v in value)
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{value} is too large for a float") from None
     if type(value) is not hint:  # type(), since True is an int to isinstance
         raise ValueError(f"{value!r} is not of type {hint.__name__}")
     return value
@@ -305,6 +317,7 @@ def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[st
 
 def _override_value(text: str) -> object:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()
+        table = tomllib.loads(f"value = {text}")
+    except ValueError:  # no TOML; or an integer of more digits than Python reads
+        table = {}
+    return table["value"] if table.keys() == {"value"} else text.strip()  # a line break in text may add keys

@@ -32,8 +32,8 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(x_uint8: Tensor, path: str | Path, scale: int = 2) -> None:
-    """Write uint8 (N, 3, H, W) as one PNG, as near to square as N allows, each pixel `scale` wide, black between."""
+def grid_png(x_uint8: Tensor, scale: int = 2) -> bytes:
+    """uint8 (N, 3, H, W) as one PNG, as near to square as N allows, each pixel `scale` wide, black between."""
     n, _, h, w = x_uint8.shape
     cols = math.ceil(math.sqrt(n))
     canvas = torch.zeros(3, math.ceil(n / cols) * (h + 1) + 1, cols * (w + 1) + 1, dtype=torch.uint8)
@@ -41,7 +41,9 @@ def save_grid(x_uint8: Tensor, path: str | Path, scale: int = 2) -> None:
         top, left = i // cols * (h + 1) + 1, i % cols * (w + 1) + 1
         canvas[:, top:top + h, left:left + w] = image
     pixels = canvas.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # (H, W, 3)
-    Image.fromarray(pixels.numpy()).save(path)
+    png = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(png, format="png")
+    return png.getvalue()
 
 
 def load_images(name: str, root: str | Path, train: bool = True) -> Tensor:
@@ -63,6 +65,8 @@ def load_cifar10(root: Path, train: bool) -> Tensor:
     from torchvision.datasets.utils import check_integrity
 
     folder = root / CIFAR10.base_folder
+    if not folder.exists() and (root / CIFAR10.train_list[0][0]).exists():
+        raise DataError(f"cifar10: {root} is the folder of batches itself; give the one that holds it, {root.parent}")
     ways_out = (f"give --data-root DIR where DIR/{CIFAR10.base_folder} exists, or put {CIFAR10.filename} "
                 f"into {root}, or try without data: --exp smoke")
     if folder.exists():
@@ -73,10 +77,14 @@ def load_cifar10(root: Path, train: bool) -> Tensor:
                                 f"remove {folder} to have it unpacked again, or {ways_out}")
         dataset = CIFAR10(root, train=train, download=False)
     else:
+        made = [path for path in (root, *root.parents) if not path.exists()]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 dataset = CIFAR10(root, train=train, download=True)
         except (OSError, RuntimeError) as error:  # no network, no permission, full disk; a broken archive
+            with contextlib.suppress(OSError):  # not empty, or never made
+                for path in made:
+                    path.rmdir()
             raise DataError(f"cifar10: no {folder}, and the download of {CIFAR10.url} failed ({error}); "
                             f"{ways_out}") from error
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)

@@ -11,7 +11,9 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_checkpoint, read_jsonl, replace_file
-from config import Config, ConfigError, config_from_dict
+from config import MAX_SAMPLES, Config, ConfigError, config_from_dict, one_line
 from curvature import quadratic_forms, rademacher, summarise
 from data import DataError, load_images, to_model_range, to_uint8
 from diffusion import BETAS, Diffusion, ddim_sample, ddpm_sample, spaced_timesteps
@@ -42,6 +44,17 @@ SAMPLE = 10_000       # training images whose features are kept, as KID's refere
 
 class RunError(RuntimeError):
     """A run directory that is missing or not one; one line."""
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds. Raises RunError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # JSON and UTF-8 errors alike
+        raise RunError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: not a JSON object")
+    return content
 
 
 def build(config: Config, device) -> tuple[UNet, Diffusion]:
@@ -62,8 +75,12 @@ def load_run(run_dir: Path, device) -> tuple[Config, int, UNet, UNet, Diffusion]
     config = config_from_dict(state["config"], str(run_dir))
     model, diffusion = build(config, device)
     ema = copy.deepcopy(model)
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
+    try:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+    except (KeyError, RuntimeError) as error:
+        raise RunError(f"{run_dir}: its checkpoint is of another version of this code ({type(error).__name__})"
+                       ) from error
     return config, state["step"], model.eval(), ema.eval(), diffusion
 
 
@@ -189,7 +206,10 @@ class Distances:
         return hashlib.sha256(self.train.cpu().numpy()).hexdigest()
 
     def check_cache(self) -> None:
-        """Raise RunError or FeatureError now, where cached statistics would be refused at the first milestone."""
+        """Raise RunError or FeatureError now, where the cache would be refused at the first milestone."""
+        nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise RunError(f"eval.stats_root = {self.root}: {nearest} is not a folder that can be written to")
         if self.reference_path.exists():
             _ = self.reference
 
@@ -225,7 +245,7 @@ class Distances:
     def context(self, n: int) -> dict[str, float | None]:
         """floor, floor_test, ceiling of the Frechet distance, kid_floor_test and kid_ceiling, at n images."""
         path = self.root / f"{self.data_name}_{self.network.name}_context.json"
-        cache = json.loads(path.read_text()) if path.exists() else {}
+        cache = read_json(path) if path.exists() else {}
         if cache.get("origin") != self.origin:
             cache = {"origin": self.origin}
         if str(n) not in cache:
@@ -267,8 +287,9 @@ def influence_path(run_dir: Path, r: dict) -> Path:
 def save_influence(run_dir: Path, record: dict, estimates: dict[str, Estimate]) -> None:
     path = influence_path(run_dir, record)
     path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as file:
-        np.savez(file, **{name: estimate.influence.astype(np.float32) for name, estimate in estimates.items()})
+    npz = io.BytesIO()
+    np.savez(npz, **{name: estimate.influence.astype(np.float32) for name, estimate in estimates.items()})
+    replace_file(path, npz.getvalue())
 
 
 def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
@@ -282,7 +303,7 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     for run in (run_a, run_b):
         if not (run / "config.json").exists():
             raise RunError(f"{run}: not a run directory (no config.json)")
-        seeds.append(json.loads((run / "config.json").read_text())["seed"])
+        seeds.append(read_json(run / "config.json").get("seed"))
     if seeds[0] != seeds[1]:
         raise RunError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
     same = ("step", "final", "sampler", "nfe", "n", "features", "reference")
@@ -330,17 +351,22 @@ def check_device(name: str) -> torch.device:
 
 def run_script(main) -> None:
     """Exit with main()'s status; what the user can mend becomes one line on stderr and status 2."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
     warnings.simplefilter("once")
     warnings.formatwarning = lambda message, *_, **__: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     try:
         sys.exit(main())
     except (ConfigError, DataError, CheckpointError, FeatureError, RunError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--distance", action="store_true", help="sample from the EMA weights and measure")
@@ -374,12 +400,13 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(record))
         return 0
     device = check_device(args.device)
-    if args.n is not None and args.n < 2:
-        raise RunError(f"--n {args.n}: must be at least 2")
+    if args.n is not None and not 2 <= args.n <= MAX_SAMPLES:
+        raise RunError(f"--n {args.n}: must be from 2 to {MAX_SAMPLES}")
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
         images = [load_images(args.stats, args.data_root or "data", train) for train in (True, False)]
         distances = Distances(network, args.stats, *images, args.stats_root or "stats")
+        distances.check_cache()
         n = args.n or 5000
         print(json.dumps({"n": n, **distances.origin, "reference_n": distances.reference.n, **distances.context(n)}))
         return 0
@@ -401,6 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         raise RunError(f"--nfe {nfe}: must be from 1 to T = {diffusion.T}")
     network = feature_network(features, args.weights or config.eval.inception_weights, device)
     distances = Distances(network, config.data.name, train, test, args.stats_root or config.eval.stats_root)
+    distances.check_cache()
     samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress="sampling")
     record, _ = distances.measure(extract(network, samples, progress="features").numpy())
     print(json.dumps({"step": step, "sampler": sampler, "nfe": nfe, **record}))

@@ -359,13 +359,18 @@ class FeatureStats:
         return self._scatter / (self.n - 1)
 
     def save(self, path: str | Path) -> None:
-        """npz with mu, sigma, n, and what is known of origin and sample."""
+        """npz with mu, sigma, n, and what is known of origin and sample. Raises FeatureError."""
         origin = {key: value for key in ("n", "features", "weights_hash", "data_hash", "sample")
                   if (value := getattr(self, key)) is not None}
-        temporary = Path(f"{path}.tmp")  # renamed when whole, since two runs may share the file
-        with open(temporary, "wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.cov, **origin)
-        os.replace(temporary, path)
+        temporary = Path(f"{path}.{os.getpid()}.tmp")  # renamed when whole, since two runs may share the file
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, mu=self.mean, sigma=self.cov, **origin)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise FeatureError(f"{path}: cannot be written ({error.strerror})") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
@@ -582,7 +587,8 @@ def stats_of(path: Path, network: nn.Module) -> FeatureStats:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("a", type=Path, help="folder of images, npz of uint8 images, or npz of statistics")
     parser.add_argument("b", type=Path, help="the same; with --save-stats, the npz to write")
     parser.add_argument("--features", choices=["inception", "lite0"], default="inception")
@@ -597,6 +603,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in [args.a] if args.save_stats else [args.a, args.b]:
         if not path.exists():
             raise FeatureError(f"{path}: no such file or folder")
+    if args.save_stats and (args.b.is_dir() or not os.access(args.b.parent, os.W_OK)):
+        raise FeatureError(f"{args.b}: cannot be written; give the name of an npz in a folder that can be written to")
     network = feature_network(args.features, args.weights)
     try:
         network.to(args.device)

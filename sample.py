@@ -4,16 +4,20 @@
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy
 
-from data import save_grid
+from checkpoint import replace_file
+from config import MAX_SAMPLES
+from data import grid_png
 from evaluate import RunError, add_device_option, check_device, load_run, run_script, sample_images
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("run_dir", type=Path, help="such as runs/E8c/seed1077")
     parser.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim")
     parser.add_argument("--nfe", type=int, default=50, help="network calls per sample, 1 to T")
@@ -28,23 +32,25 @@ def main(argv: list[str] | None = None) -> int:
 
     config, step, model, ema, diffusion = load_run(args.run_dir, check_device(args.device))
     for name, ok, reason in [("nfe", 1 <= args.nfe <= diffusion.T, f"must be from 1 to T = {diffusion.T}"),
-                             ("n", args.n >= 1, "must be at least 1"),
+                             ("n", 1 <= args.n <= MAX_SAMPLES, f"must be from 1 to {MAX_SAMPLES}"),
                              ("eta", 0 <= args.eta <= 1, "must be from 0 to 1"),
                              ("eta", args.eta == 0 or args.sampler == "ddim", "is DDIM's; ddpm has none")]:
         if not ok:
             raise RunError(f"--{name} {getattr(args, name)}: {reason}")
+    out = args.out or args.run_dir / "samples"
+    out.mkdir(parents=True, exist_ok=True)
     seed = config.seed if args.seed is None else args.seed
     samples = sample_images(model if args.raw else ema, diffusion, args.n, args.sampler, args.nfe, seed, args.eta,
                             progress="sampling")
 
-    out = args.out or args.run_dir / "samples"
-    out.mkdir(parents=True, exist_ok=True)
     eta, raw = f"_eta{args.eta:g}" if args.eta else "", "_raw" if args.raw else ""
     stem = f"step_{step:06d}_{args.sampler}{args.nfe}{eta}{raw}_n{args.n}_seed{seed}"
-    save_grid(samples, out / f"{stem}.png")
+    replace_file(out / f"{stem}.png", grid_png(samples))
     print(out / f"{stem}.png")
     if args.npz:
-        numpy.savez_compressed(out / f"{stem}.npz", samples.permute(0, 2, 3, 1).numpy())
+        npz = io.BytesIO()
+        numpy.savez_compressed(npz, samples.permute(0, 2, 3, 1).numpy())
+        replace_file(out / f"{stem}.npz", npz.getvalue())
         print(out / f"{stem}.npz")
     return 0
 

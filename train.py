@@ -12,11 +12,14 @@ import dataclasses
 import json
 import math
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +31,18 @@ from tqdm import tqdm
 
 from checkpoint import (
     LAST,
+    LOCK,
     PREVIOUS,
     append_jsonl,
     filter_jsonl,
     load_checkpoint,
+    lock,
     read_jsonl,
     replace_file,
     save_checkpoint,
 )
 from config import SETTABLE, Config, config_from_dict, flatten, list_experiments, load_config
-from data import SHAPES_TRAIN, batch_indices, load_images, save_grid, to_model_range
+from data import SHAPES_TRAIN, batch_indices, grid_png, load_images, to_model_range
 from diffusion import Diffusion
 from evaluate import (
     CHUNK,
@@ -50,6 +55,7 @@ from evaluate import (
     curvature_record,
     metric_names,
     profile_record,
+    read_json,
     run_script,
     sample_images,
     save_influence,
@@ -74,14 +80,15 @@ class State:
     optimizer: torch.optim.Adam
     scaler: torch.amp.GradScaler            # does nothing unless training runs in fp16
     window: Tensor                          # float64 (2,): sums of loss and eps_mse since the last log line
+    skipped: int = 0                        # steps that the fp16 scaler skipped: model, optimiser and EMA stayed
 
     def state_dict(self, config: Config) -> dict:
         return {"config": dataclasses.asdict(config), "step": self.step, "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "window": self.window}
+                "scaler": self.scaler.state_dict(), "window": self.window, "skipped": self.skipped}
 
     def load_state_dict(self, saved: dict) -> None:
-        self.step, self.window = saved["step"], saved["window"]
+        self.step, self.window, self.skipped = saved["step"], saved["window"], saved["skipped"]
         for name in ("model", "ema", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
 
@@ -114,11 +121,19 @@ def update_ema(ema: UNet, model: UNet, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+class NonFiniteError(FloatingPointError):
+    """The loss or its gradient is NaN or infinite. `dump` is what one needs to look into it, ready for JSON."""
+
+    def __init__(self, dump: dict):
+        super().__init__(f"step {dump['step']}: loss {dump['loss']}, gradient norm {dump['grad_norm']}")
+        self.dump = dump
+
+
 def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
     """One update of model, optimiser and EMA on the batch that (seed, state.step) determines.
 
     w: float32 (T,), the loss weights. images: uint8 (N, 3, 32, 32). Returns what the log needs, on the device:
-    loss, eps_mse and grad_norm, each (), and t (B,).
+    loss, eps_mse and grad_norm, each (), and t (B,). Raises NonFiniteError before model, optimiser or EMA move.
     """
     seed, step, device = config.seed, state.step, images.device
     indices = batch_indices(seed, step, config.train.batch_size, len(images))
@@ -135,15 +150,37 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)  # before clipping, which must see the true gradient
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.train.grad_clip)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    update_ema(state.ema, state.model, ema_decay(config.ema.decay, step))
+    params = list(state.model.parameters())
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    loss, eps_mse = loss.detach(), eps_mse.detach()
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        torch.nn.utils.clip_grads_with_norm_(params, config.train.grad_clip, grad_norm)
+        state.scaler.step(state.optimizer)
+        update_ema(state.ema, state.model, ema_decay(config.ema.decay, step))
+    elif math.isfinite(loss) and state.scaler.get_scale() > 1:  # fp16: the scaled gradient overflowed, no failure
+        state.skipped += 1
+    else:
+        raise NonFiniteError({"step": step + 1, "seed": seed, "batch_indices": indices.tolist(), "t": t.tolist(),
+                              "loss": _json_number(loss), "loss_per_example": [*map(_json_number, w[t] * eps_mse)],
+                              "eps_mse_per_example": [*map(_json_number, eps_mse)],
+                              "grad_norm": _json_number(grad_norm), "grad_norm_per_module": _grad_norms(state.model)})
+    state.scaler.update()  # lowers the scale after a skipped step
 
     state.step += 1
-    loss, eps_mse = loss.detach(), eps_mse.detach().mean()
+    eps_mse = eps_mse.mean()
     state.window += torch.stack([loss, eps_mse])
     return {"loss": loss, "eps_mse": eps_mse, "grad_norm": grad_norm, "t": t}
+
+
+def _json_number(x: Tensor) -> float | str:
+    """JSON has no NaN and no infinity: those become "nan", "inf" and "-inf"."""
+    return x.item() if math.isfinite(x) else str(x.item())
+
+
+def _grad_norms(model: torch.nn.Module) -> dict[str, float | str]:
+    """The gradient norm of each module's own parameters."""
+    own = {name: [p.grad for p in module.parameters(recurse=False)] for name, module in model.named_modules()}
+    return {name: _json_number(torch.nn.utils.get_total_norm(grads)) for name, grads in own.items() if grads}
 
 
 def log_record(config: Config, state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, Tensor]) -> dict:
@@ -155,27 +192,74 @@ def log_record(config: Config, state: State, diffusion: Diffusion, w: Tensor, ba
             "train/loss": batch["loss"].item(), "train/eps_mse": batch["eps_mse"].item(),
             "train/loss_mean": window[0], "train/eps_mse_mean": window[1],
             "train/grad_global_L2": grad_norm if math.isfinite(grad_norm) else None,
-            "train/weight_mean": w[batch["t"]].mean().item(),
+            "train/weight_mean": w[batch["t"]].mean().item(), "train/skipped_steps": state.skipped,
             "snr/mean": snr.mean().item(), "snr/min": snr.min().item(), "snr/max": snr.max().item()}
 
 
 # ---- one run ----
 
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """SIGTERM or Ctrl-C has arrived; `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = number
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into Stopped, raised only where the training state is whole.
+
+    That is at check(), between two steps, and anywhere within `with stop.at_any_time()`: for measurements, which may
+    take an hour and change nothing that a checkpoint holds.
+    """
+
+    def __init__(self):
+        self.signal, self._at_any_time = None, False
+
+    def _handle(self, number: int, frame) -> None:
+        self.signal = number
+        if self._at_any_time:
+            raise Stopped(number)
+
+    def check(self) -> None:
+        if self.signal is not None:
+            raise Stopped(self.signal)
+
+    @contextmanager
+    def at_any_time(self) -> Iterator[None]:
+        self._at_any_time = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_any_time = False
+
+    @contextmanager
+    def installed(self) -> Iterator["StopRequest"]:
+        """Inside, the two signals are handled here; outside, as before."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, held_out: Tensor,
           distances: Distances | None, saved: dict | None) -> None:
     """Train from `saved` (a checkpoint's content, or None for step 0) to config.train.total_steps.
 
-    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. Each step ends with what is due at
-    it, the checkpoint last: so all lines up to a checkpoint's step are complete, and those past it are dropped on
-    resume and made again.
+    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. A checkpoint of step k is written
+    after line k of loss.jsonl and before what is measured at step k, which changes nothing: measuring leaves out what
+    is in the logs already, so a run that is stopped there goes on there. Raises Stopped, with a checkpoint of the
+    moment written; NonFiniteError, with failure.json written; OSError, as on a full disk.
     """
     state, diffusion = new_state(config, device)
     if saved is not None:
         state.load_state_dict(saved)
     images, total = images.to(device), config.train.total_steps
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
-
-    seconds, timed_from = Counter(), state.step
+    seconds, timed_from, saved_at = Counter(), state.step, state.step
 
     @contextmanager
     def timed(phase):
@@ -183,41 +267,73 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
         yield
         seconds[phase] += time.perf_counter() - start
 
-    progress = tqdm(total=total, initial=state.step, desc=config.exp, unit="step", disable=None)
-    while state.step < total:
-        with timed("train"):
-            batch = train_step(config, state, diffusion, w, images)
-            # in fp16 the scaler skips a step whose gradient overflowed, and that is no failure
-            if not math.isfinite(batch["loss"] if state.scaler.is_enabled() else batch["grad_norm"]):
-                raise FloatingPointError(f"step {state.step}: loss {batch['loss'].item()}, gradient norm "
-                                         f"{batch['grad_norm'].item()}; the last checkpoint is untouched")
-        step, last = state.step, state.step == total
-        progress.update()
-
-        if step % config.log.every == 0:
-            record = log_record(config, state, diffusion, w, batch)
-            append_jsonl(run_dir / "loss.jsonl", record)
-            progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
-        if config.curvature.every and step % config.curvature.every == 0:
-            with timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
-                record = curvature_record(config, step, state.model, diffusion, images)
-                append_jsonl(run_dir / "curvature.jsonl", record)
-        if step % config.eval.every == 0 or last:
-            with timed("evaluate"):
-                evaluate_step(config, state, diffusion, held_out, distances, run_dir)
-        if step % config.grid.every == 0 or last:
-            with timed("grid"):
-                draw_grid(config, state, diffusion, run_dir)
-        if step % config.train.checkpoint_every == 0 or last:
+    def save():
+        nonlocal saved_at
+        if saved_at != state.step:
             with timed("checkpoint"):
                 save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
-        if step % config.log.every == 0 or last:
-            images_per_second = config.train.batch_size * (step - timed_from) / seconds["train"]
-            timed_from = step
-            append_jsonl(run_dir / "timing.jsonl", {"step": step, "images_per_second": images_per_second,
-                                                    **{f"seconds/{phase}": s for phase, s in seconds.items()}})
-            seconds.clear()
-    progress.close()
+            saved_at = state.step
+
+    with StopRequest().installed() as stop, tqdm(total=total, initial=state.step, desc=config.exp, unit="step",
+                                                 disable=None) as progress:
+        try:
+            while True:
+                if state.step > 0:
+                    with stop.at_any_time():
+                        measure(config, state, diffusion, images, held_out, distances, run_dir, timed)
+                    if state.step % config.log.every == 0 or state.step == total:
+                        log_timing(config, run_dir, state.step, state.step - timed_from, seconds)
+                        timed_from = state.step
+                if state.step == total:
+                    return
+                stop.check()
+
+                with timed("train"):
+                    batch = train_step(config, state, diffusion, w, images)
+                progress.update()
+                step = state.step
+                if step % config.log.every == 0:
+                    record = log_record(config, state, diffusion, w, batch)
+                    append_jsonl(run_dir / "loss.jsonl", record)
+                    progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
+                if step % config.train.checkpoint_every == 0 or step % config.eval.every == 0 or step == total:
+                    save()
+        except Stopped:
+            save()
+            raise
+        except NonFiniteError as error:
+            replace_file(run_dir / "failure.json", json.dumps(error.dump, indent=2, allow_nan=False).encode())
+            raise
+
+
+def log_timing(config: Config, run_dir: Path, step: int, steps: int, seconds: Counter) -> None:
+    """One line of timing.jsonl for the `steps` that this process has done since the line before; clears `seconds`."""
+    if not logged(run_dir / "timing.jsonl", step):
+        speed = config.train.batch_size * steps / seconds["train"] if steps else None
+        append_jsonl(run_dir / "timing.jsonl", {"step": step, "images_per_second": speed,
+                                                **{f"seconds/{phase}": s for phase, s in seconds.items()}})
+    seconds.clear()
+
+
+def logged(path: Path, step: int) -> list[dict]:
+    """The lines that a log has for a step."""
+    return [record for record in read_jsonl(path) if record["step"] == step]
+
+
+def measure(config: Config, state: State, diffusion: Diffusion, images: Tensor, held_out: Tensor,
+            distances: Distances | None, run_dir: Path, timed) -> None:
+    """Measure and draw what is due at state.step and not yet in the run directory. timed: as in train()."""
+    step, last = state.step, state.step == config.train.total_steps
+    if config.curvature.every and step % config.curvature.every == 0 and not logged(run_dir / "curvature.jsonl", step):
+        with timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
+            record = curvature_record(config, step, state.model, diffusion, images)
+            append_jsonl(run_dir / "curvature.jsonl", record)
+    if step % config.eval.every == 0 or last:
+        with timed("evaluate"):
+            evaluate_step(config, state, diffusion, held_out, distances, run_dir)
+    if step % config.grid.every == 0 or last:
+        with timed("grid"):
+            draw_grid(config, state, diffusion, run_dir)
 
 
 def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: Tensor,
@@ -227,17 +343,22 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
     At the end a milestone takes the first samples of a final evaluation where these are the same whole chunks.
     """
     step, ev = state.step, config.eval
-    profile = profile_record(step, state.model, state.ema, diffusion, held_out)
-    append_jsonl(run_dir / "per_t.jsonl", profile)
-    means = {f"val/{key}": sum(profile[key]) / len(profile[key]) for key in ("eps_mse_raw", "eps_mse_ema")}
+    profiles = logged(run_dir / "per_t.jsonl", step)
+    if not profiles:
+        profiles = [profile_record(step, state.model, state.ema, diffusion, held_out)]
+        append_jsonl(run_dir / "per_t.jsonl", profiles[0])
+    means = {f"val/{key}": sum(profiles[0][key]) / len(profiles[0][key]) for key in ("eps_mse_raw", "eps_mse_ema")}
     due = [(False, ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     if step == config.train.total_steps:
         due += [(True, sampler, ev.final_n_samples) for sampler in ev.final_samplers]
+    done = {(r["final"], r.get("sampler")) for r in logged(run_dir / "results.jsonl", step)}
     if distances is None:
         for final in dict.fromkeys(final for final, _, _ in due):
-            append_jsonl(run_dir / "results.jsonl", {"step": step, "final": final, **means})
+            if (final, None) not in done:
+                append_jsonl(run_dir / "results.jsonl", {"step": step, "final": final, **means})
         return
 
+    due = [(final, sampler, n) for final, sampler, n in due if (final, sampler) not in done]
     longest = {sampler: max(n for _, other, n in due if other == sampler) for _, sampler, _ in due}
     features = {}
     for final, sampler, n in due:
@@ -259,9 +380,12 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
 def draw_grid(config: Config, state: State, diffusion: Diffusion, run_dir: Path) -> None:
     """EMA samples from the same noise at every step, so that the grids of a run show one picture forming."""
     grid = config.grid
+    path = run_dir / "grids" / f"step_{state.step:06d}_{grid.sampler}{grid.nfe}.png"
+    if path.exists():
+        return
     samples = sample_images(state.ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, progress="grid")
-    (run_dir / "grids").mkdir(exist_ok=True)
-    save_grid(samples, run_dir / "grids" / f"step_{state.step:06d}_{grid.sampler}{grid.nfe}.png")
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, grid_png(samples))
 
 
 # ---- the run directory ----
@@ -282,10 +406,27 @@ def environment(device: torch.device) -> dict:
             "threads": torch.get_num_threads(), "command": " ".join(sys.argv)}
 
 
+def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
+    """Raise RunError unless run_dir is free, or to be gone on with, or to be overwritten."""
+    is_run = (run_dir / "config.json").exists()
+    if resume and not is_run:
+        raise RunError(f"{run_dir}: no run to resume; drop --resume to start it")
+    free = not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {LOCK, "config.json.tmp"}
+    if resume or free or (is_run and overwrite):
+        return
+    if overwrite:
+        raise RunError(f"{run_dir}: not a run directory (no config.json), so --overwrite leaves it alone")
+    if not is_run:
+        raise RunError(f"{run_dir}: exists and is not a run directory (no config.json); give another --out")
+    total = read_json(run_dir / "config.json")["train"]["total_steps"]
+    if logged(run_dir / "timing.jsonl", total):  # the last thing that a run writes
+        raise RunError(f"{run_dir}: a finished run of {total} steps; --overwrite deletes it, --out DIR goes elsewhere")
+    raise RunError(f"{run_dir}: an unfinished run; --resume goes on with it, --overwrite deletes it, --out DIR goes "
+                   "elsewhere")
+
+
 def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | None:
     """The checkpoint to go on from, or None where the run was stopped before its first. Raises RunError."""
-    if not (run_dir / "config.json").exists():
-        raise RunError(f"{run_dir}: no run to resume; drop --resume to start it")
     if not any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS)):
         print(f"{run_dir}: stopped before its first checkpoint; starting from step 0")
         return None
@@ -298,6 +439,9 @@ def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | Non
     if new["train.total_steps"] < old["train.total_steps"]:
         raise RunError(f"{run_dir}: was started with train.total_steps = {old['train.total_steps']}; it may grow on "
                        f"resume, not shrink to {new['train.total_steps']}")
+    reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
+    again = f"; steps {saved['step'] + 1} to {reached} are repeated" if reached > saved["step"] else ""
+    print(f"{run_dir}: going on from step {saved['step']}{again}")
     return saved
 
 
@@ -312,26 +456,27 @@ def rewind_logs(config: Config, run_dir: Path, step: int) -> None:
             return record["step"] <= step and (due or record["step"] == total)
 
         filter_jsonl(run_dir / name, keep)
+    due = range(config.log.every, step + 1, config.log.every)
+    missing = sorted({*due} - {record["step"] for record in read_jsonl(run_dir / "loss.jsonl")})
+    if missing:
+        print(f"{run_dir / 'loss.jsonl'}: lacks the lines of steps {missing}, which cannot be made again",
+              file=sys.stderr)
 
 
-def prepare(config: Config, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> dict | None:
-    """Make run_dir ready and return the checkpoint to go on from, or None. Raises RunError before it writes."""
+def prepare(config: Config, run_dir: Path, device: torch.device, resume: bool) -> dict | None:
+    """Make run_dir, whose lock is held, ready; return the checkpoint to go on from, or None. Raises RunError."""
     saved = resumable(config, run_dir, device) if resume else None
     env_path, env = run_dir / "env.json", environment(device)
     if resume:
         rewind_logs(config, run_dir, 0 if saved is None else saved["step"])
-        first = json.loads(env_path.read_text()) if env_path.exists() else env
+        first = read_json(env_path) if env_path.exists() else env
         env = {**first, "resumed": [*first.get("resumed", []), env]}
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        if not overwrite:
-            raise RunError(f"{run_dir}: exists; --resume goes on with it, --overwrite deletes it, --out DIR goes "
-                           "elsewhere")
-        if not (run_dir / "config.json").exists():
-            raise RunError(f"{run_dir}: not a run directory (no config.json), so --overwrite leaves it alone")
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(env_path, json.dumps(env, indent=2).encode())
+    else:
+        for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.json"):  # that one last: while it
+            if path.name != LOCK:                                                          # is there, this is a run
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     replace_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
+    replace_file(env_path, json.dumps(env, indent=2).encode())
     return saved
 
 
@@ -388,7 +533,8 @@ def dry_run(config: Config, device: torch.device) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # an error is one line
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--exp", help="an experiment of experiments.toml, such as E8c")
     what.add_argument("--list", action="store_true", help="print the experiments and exit")
@@ -416,7 +562,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     if args.data_root is not None:
-        overrides.append(f"data.root={json.dumps(args.data_root)}")
+        overrides.append(f"data.root={json.dumps(args.data_root, ensure_ascii=False)}")
     config, device = load_config(args.exp, overrides=overrides), check_device(args.device)
     if args.dry_run:
         dry_run(config, device)
@@ -424,20 +570,31 @@ def main(argv: list[str] | None = None) -> int:
 
     # All that can be refused is refused before anything is written.
     run_dir = args.out / config.exp / f"seed{config.seed}"
+    check_start(run_dir, args.resume, args.overwrite)
     images, test = (load_images(config.data.name, config.data.root, split) for split in (True, False))
     distances = None
     if config.eval.features != "none":
         network = feature_network(config.eval.features, config.eval.inception_weights, device)
         distances = Distances(network, config.data.name, images, test, config.eval.stats_root)
         distances.check_cache()
-    saved = prepare(config, run_dir, device, args.resume, args.overwrite)
-    if config.train.amp and device.type != "cuda":
-        print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")
-    try:
-        train(config, run_dir, device, images, test[:config.eval.profile_images], distances, saved)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    with lock(run_dir):
+        check_start(run_dir, args.resume, args.overwrite)  # again: another process may have been faster
+        if config.train.amp and device.type != "cuda":
+            print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")
+        command = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
+        go_on = f"go on with: python {shlex.join([*command, '--resume'])}"
+        try:
+            saved = prepare(config, run_dir, device, args.resume)
+            train(config, run_dir, device, images, test[:config.eval.profile_images], distances, saved)
+        except Stopped as stopped:
+            print(f"train.py: stopped by {signal.Signals(stopped.signal).name}; {go_on}", file=sys.stderr)
+            return 128 + stopped.signal
+        except NonFiniteError as error:
+            print(f"train.py: {error}; neither model nor EMA has taken this step; see {run_dir / 'failure.json'}. A "
+                  "resume repeats it: every step is a function of seed and step", file=sys.stderr)
+            return 1
+        except OSError as error:
+            raise RunError(f"{error}; the last checkpoint is untouched: mend this, then {go_on}") from error
     print(f"{config.exp}: {config.train.total_steps} steps done; see {run_dir}")
     return 0
 

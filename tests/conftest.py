@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Server
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -15,6 +16,37 @@ from rng import generator  # noqa: E402
 TINY = ["data.name=shapes", "model.base_channels=8", "model.channel_mults=[1,2]", "model.num_res_blocks=1",
         "train.total_steps=12", "train.checkpoint_every=5", "log.every=3", "grid.every=6", "grid.n=4", "grid.nfe=2",
         "eval.every=6", "eval.profile_images=2", "eval.features=none", "eval.nfe=2"]
+
+
+# And one for tests of many processes: a step takes 15 ms.
+SMALLEST = ["model.base_channels=4", "model.channel_mults=[1,1,1]", "model.num_res_blocks=1",
+            "model.attn_resolutions=[]", "grid.n=4", "grid.nfe=2", "eval.profile_images=2", "eval.features=none",
+            "eval.nfe=2"]
+
+
+def small_run_flags(*overrides):
+    return [arg for override in [*SMALLEST, *overrides] for arg in ("--set", override)]
+
+
+def same(a, b):
+    """Whether two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def pytest_addoption(parser):
+    parser.addoption("--campaign", action="store_true",
+                     help="with -m campaign: 1,000 kills and 10,000 examples per property")
+
+
+def pytest_configure(config):
+    if config.getoption("--campaign"):
+        os.environ["EXAMPLES"] = "10000"
 
 
 def tiny_network(*_):
@@ -37,6 +69,14 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Starts the scripts as real processes; see processes.py."""
+    server = Server(tmp_path_factory.mktemp("outputs"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def run_train(tmp_path):
     """run_train("E1", "log.every=1", out="a") trains in this process and returns the run directory."""
@@ -44,8 +84,9 @@ def run_train(tmp_path):
 
     def run(exp, *overrides, out="runs", flags=(), seed=1077):
         sets = [arg for override in [*TINY, *overrides] for arg in ("--set", override)]
-        assert main(["--exp", exp, "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / out), *flags,
-                     *sets]) == 0
+        status = main(["--exp", exp, "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / out), *flags,
+                       *sets])
+        assert status == 0
         return tmp_path / out / exp / f"seed{seed}"
 
     return run

@@ -1,3 +1,4 @@
+import io
 import shutil
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from PIL import Image
 
 import data
-from data import DataError, batch_indices, load_images, make_shapes, save_grid, to_model_range, to_uint8
+from data import DataError, batch_indices, grid_png, load_images, make_shapes, to_model_range, to_uint8
 
 
 def test_pixels_round_trip():
@@ -91,7 +92,7 @@ def test_cifar10_out_of_reach_says_what_was_tried_and_what_to_do(tmp_path, monke
 
 def test_grid(tmp_path):
     x = make_shapes(5)
-    save_grid(x, tmp_path / "grid.png", scale=2)
-    image = torch.from_numpy(__import__("numpy").array(Image.open(tmp_path / "grid.png")))
+    png = grid_png(x, scale=2)
+    image = torch.from_numpy(__import__("numpy").array(Image.open(io.BytesIO(png))))
     assert image.shape == (2 * (2 * 33 + 1), 2 * (3 * 33 + 1), 3)  # 5 images: 3 columns, 2 rows
     assert torch.equal(image[2:66:2, 68:132:2].permute(2, 0, 1), x[1])

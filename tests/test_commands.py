@@ -1,0 +1,272 @@
+"""Command lines that must be refused, and places that must work: the scripts as real processes."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, small_run_flags
+from PIL import Image
+
+from checkpoint import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def place(server, tmp_path_factory):
+    """A folder with one of everything that a command line may name."""
+    place = tmp_path_factory.mktemp("place")
+    done = server.run("train.py", "--exp", "smoke", *small_run_flags("train.total_steps=2"), cwd=place)
+    assert done.status == 0, done.err
+    (place / "empty").mkdir()
+    (place / "text").write_text("hello")
+    (place / "images").mkdir()
+    (place / "broken").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(place / "images" / f"{i}.png")
+    (place / "broken" / "0.png").write_bytes((place / "images" / "0.png").read_bytes()[:40])
+    np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
+    np.savez(place / "other.npz", mu=np.zeros(3), sigma=np.eye(3), n=10)
+    np.savez(place / "pickled.npz", np.array([{}], dtype=object))
+    (place / "cut.npz").write_bytes((place / "floats.npz").read_bytes()[:100])
+    shutil.copytree(place / "runs" / "smoke" / "seed1077", place / "damaged")
+    for file in (place / "damaged" / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    shutil.copytree(place / "runs" / "smoke" / "seed1077", place / "other_version")
+    (place / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    return place
+
+
+RUN = "runs/smoke/seed1077"
+REFUSED = [
+    ("train.py", "", "one of the arguments --exp --list is required"),
+    ("train.py", "--exp", "--exp: expected one argument"),
+    ("train.py", "--exp smoke --list", "not allowed with"),
+    ("train.py", "--exp smok", "unknown experiment 'smok'; did you mean smoke?"),
+    ("train.py", "--exp E8d", "did you mean E8"),
+    ("train.py", "--exp smoke --seed -1", "seed: -1 is out of range, must be >= 0"),
+    ("train.py", "--exp smoke --seed 1.5", "invalid int value: '1.5'"),
+    ("train.py", "--exp smoke --seed 99999999999999999999", "seed: 99999999999999999999 is out of range"),
+    ("train.py", "--exp smoke --set train.lr", "must read KEY=VALUE"),
+    ("train.py", "--exp smoke --set train.lr=", "train.lr: '' is not of type float"),
+    ("train.py", "--exp smoke --set train.lr=nan", "train.lr: nan is out of range"),
+    ("train.py", "--exp smoke --set train.lr=1e999", "train.lr: inf is out of range"),
+    ("train.py", "--exp smoke --set train.total_step=3", "did you mean train.total_steps?"),
+    ("train.py", "--exp smoke --set train.total_steps=0", "train.total_steps: 0 is out of range"),
+    ("train.py", "--exp smoke --set train.total_steps=1e3", "1000.0 is not of type int"),
+    ("train.py", "--exp smoke --set model.base_channels=33", "must be even and divisible"),
+    ("train.py", "--exp smoke --set model.base_channels=1000000", "out of range, must be >= 4 and <= 4096"),
+    ("train.py", "--exp smoke --set model.channel_mults=[]", "0 levels; 32x32 images allow 1 to 6"),
+    ("train.py", "--exp smoke --set model.attn_resolutions=[7]", "7 is not among this network's resolutions"),
+    ("train.py", "--exp smoke --set loss.weighting=min_snr", "did you mean minsnr?"),
+    ("train.py", "--exp E1 --set loss.gamma=3", "has no effect with loss.weighting = constant"),
+    ("train.py", "--exp smoke --set eval.nfe=2000", "2000 exceeds diffusion.num_timesteps"),
+    ("train.py", "--exp smoke --set eval.features=vgg", "unknown value 'vgg'"),
+    ("train.py", "--exp smoke --set title=x", "unknown key title"),
+    ("train.py", "--exp smoke --device cuda:99", "--device cuda:99"),
+    ("train.py", "--exp smoke --device gpu", "--device gpu"),
+    ("train.py", "--exp smoke --device meta", "must be cpu, cuda or cuda:N"),
+    ("train.py", "--exp smoke --resume --overwrite", "not allowed with"),
+    ("train.py", "--exp smoke --resume --out empty", "no run to resume"),
+    ("train.py", "--exp smoke", "a finished run of 2 steps"),
+    ("train.py", "--exp smoke --out text", "text"),
+    ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root empty", "the download of"),
+    ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root text", "text"),
+    ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root cifar", "data_batch_1 is missing"),
+    ("train.py", "--exp smoke --out new --set eval.stats_root=text", "is not a folder that can be written to"),
+    ("train.py", "--exp smoke --out new --set eval.features=inception --set eval.inception_weights=none.pth",
+     "none.pth: no such weights file"),
+    ("train.py", "--exp smoke --out new --set eval.features=inception --set eval.inception_weights=text",
+     "truncated or another file"),
+    ("train.py", "--exp smoke --frobnicate", "unrecognized arguments: --frobnicate"),
+    ("sample.py", "", "required: run_dir"),
+    ("sample.py", "missing", "missing: not a run directory"),
+    ("sample.py", "empty", "empty: not a run directory"),
+    ("sample.py", "text", "text: not a run directory"),
+    ("sample.py", "damaged", "damaged (its SHA-256 digest does not match)"),
+    ("sample.py", f"{RUN} --n 0", "--n 0: must be from 1"),
+    ("sample.py", f"{RUN} --n 1000000000000", "--n 1000000000000"),
+    ("sample.py", f"{RUN} --nfe 0", "--nfe 0"),
+    ("sample.py", f"{RUN} --eta nan", "--eta nan"),
+    ("sample.py", f"{RUN} --sampler euler", "invalid choice: 'euler'"),
+    ("sample.py", f"{RUN} --device cuda:99", "--device cuda:99"),
+    ("sample.py", f"{RUN} --out text --n 1 --nfe 1", "text"),
+    ("evaluate.py", "", "give either RUN_DIR or --stats"),
+    ("evaluate.py", "missing", "missing: not a run directory"),
+    ("evaluate.py", "damaged", "damaged"),
+    ("evaluate.py", f"{RUN} --against missing", "missing: not a run directory"),
+    ("evaluate.py", f"{RUN} --against {RUN}", "no distance in common"),
+    ("evaluate.py", f"{RUN} --distance", "eval.features = none; give --features"),
+    ("evaluate.py", f"{RUN} --n 5", "--n has no effect here"),
+    ("evaluate.py", f"{RUN} --distance --features lite0 --n 1", "--n 1: must be from 2"),
+    ("evaluate.py", f"{RUN} --distance --features lite0 --nfe 1001", "--nfe 1001"),
+    ("evaluate.py", f"{RUN} --distance --features lite0 --stats-root text", "is not a folder that can be written to"),
+    ("evaluate.py", "--stats mnist", "invalid choice: 'mnist'"),
+    ("evaluate.py", "--stats cifar10 --features lite0 --data-root cifar", "data_batch_1 is missing"),
+    ("fid.py", "", "required: a, b"),
+    ("fid.py", "images missing --features lite0", "missing: no such file"),
+    ("fid.py", "images empty --features lite0", "empty: no images"),
+    ("fid.py", "images broken --features lite0", "0.png: not a readable image"),
+    ("fid.py", "images text --features lite0", "text: neither a folder nor a readable npz"),
+    ("fid.py", "images cut.npz --features lite0", "cut.npz: neither a folder nor a readable npz"),
+    ("fid.py", "images pickled.npz --features lite0", "pickled.npz: neither a folder nor a readable npz"),
+    ("fid.py", "images floats.npz --features lite0", "floats.npz: holds float64"),
+    ("fid.py", "images other.npz --features lite0", "other.npz: statistics of 3"),
+    ("fid.py", "images images --weights missing.pth", "missing.pth: no such weights file"),
+    ("fid.py", "images images --weights text", "truncated or another file"),
+    ("fid.py", "images images --features lite0 --weights text", "--weights are Inception's"),
+    ("fid.py", "images images --features lite0 --device cuda:99", "--device cuda:99"),
+    ("fid.py", "images nowhere/stats.npz --save-stats --features lite0", "nowhere/stats.npz: cannot be written"),
+    ("fid.py", "images empty --save-stats --features lite0", "empty: cannot be written"),
+]
+OFFLINE = """
+import urllib.request
+def refuse(*args, **kwargs):
+    raise OSError("no network in this test")
+urllib.request.urlopen = refuse
+"""
+
+
+def snapshot(folder):
+    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*") if p.name != "lock"}
+
+
+@pytest.mark.parametrize("script, args, message", REFUSED, ids=[f"{script} {args}" for script, args, _ in REFUSED])
+def test_refused_with_one_line_and_nothing_written(server, place, script, args, message):
+    before = snapshot(place)
+    done = server.run(script, *args.split(), cwd=place, before=OFFLINE)
+    assert done.status == 2, done.err
+    *warnings, error = done.err.splitlines()
+    assert all(": warning: " in line for line in warnings), done.err
+    assert error.startswith(f"{script}: error: ") and message in error
+    assert snapshot(place) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(server, place):
+    """A digest that is right, over weights that do not fit the config."""
+    code = ("import torch, checkpoint; from pathlib import Path; f = Path('other_version/checkpoints');"
+            "s = checkpoint.load_checkpoint(f); s['model'].pop('conv_in.weight'); checkpoint.save_checkpoint(f, s)")
+    done = server.run("sample.py", "other_version", cwd=place, before=code)
+    assert done.status == 2 and "its checkpoint is of another version of this code" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_paths_with_spaces_and_other_alphabets(server, tmp_path):
+    odd = tmp_path / "mit Leerzeichen, läuft 東京 😀 'q\""
+    odd.mkdir()
+    flags = ["--exp", "smoke", *small_run_flags("train.total_steps=2", "eval.n_samples=4", "eval.final_n_samples=4",
+                                                "eval.features=lite0"),
+             "--set", f"eval.stats_root={odd}", "--data-root", odd / "data", "--out", odd / "out"]
+    cached = "import evaluate; evaluate.Distances.train = property(lambda s: s.__dict__['t'][:20], "
+    cached += "lambda s, x: s.__dict__.update(t=x))"  # statistics of 20 images, to save time
+    done = server.run("train.py", *flags, cwd=odd, before=cached)
+    assert done.status == 0, done.err
+    run_dir = odd / "out" / "smoke" / "seed1077"
+    assert str(run_dir) in done.out and "val/fd_lite0" in read_jsonl(run_dir / "results.jsonl")[-1]
+    done = server.run("sample.py", run_dir, "--n", "1", "--nfe", "1", "--npz", cwd=odd)
+    assert done.status == 0 and Path(done.out.splitlines()[1]).exists()
+    assert server.run("evaluate.py", run_dir, cwd=odd).status == 0
+    assert server.run("train.py", *flags, "--resume", cwd=odd, before=cached).status == 0
+
+
+def test_a_line_break_in_an_argument_is_still_one_line(server, tmp_path):
+    for args in (["a\nb"], ["smoke", "--set", "train.lr=1\nx=2"], ["smoke", "--set", "\n=\r"]):
+        done = server.run("train.py", "--exp", *args, cwd=tmp_path)
+        assert done.status == 2 and len(done.err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def read_only_copy(folder):
+    """The checkout as an administrator may install it: nobody may write there."""
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for file in [*ROOT.glob("*.py"), ROOT / "experiments.toml"]:
+        shutil.copy(file, checkout)
+        os.chmod(checkout / file.name, 0o444)
+    os.chmod(checkout, 0o555)
+    return checkout
+
+
+def test_a_read_only_checkout(server, tmp_path):
+    checkout = read_only_copy(tmp_path)
+    flags = ["--exp", "smoke", *small_run_flags("train.total_steps=2")]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    try:
+        done = server.run("train.py", *flags, cwd=elsewhere, unprivileged=True, root=checkout)
+        assert done.status == 0 and (elsewhere / "runs" / "smoke" / "seed1077" / "checkpoints").is_dir(), done.err
+        done = server.run("train.py", *flags, cwd=checkout, unprivileged=True, root=checkout)
+        assert done.status == 2 and "Permission denied" in done.err and "runs" in done.err
+        assert len(done.err.splitlines()) == 1 and not (checkout / "runs").exists()
+        done = server.run("sample.py", elsewhere / "runs" / "smoke" / "seed1077", "--n", "1", "--nfe", "1",
+                          cwd=checkout, unprivileged=True, root=checkout)
+        assert done.status == 0, done.err
+    finally:
+        os.chmod(checkout, 0o755)
+
+
+@pytest.mark.parametrize("script, args", [
+    ("train.py", ["--exp", "smoke", "--resume", *small_run_flags("train.total_steps=4")]), ("sample.py", [RUN]),
+    ("sample.py", [RUN, "--n", "1", "--nfe", "1", "--out", "sealed/out"]),
+    ("fid.py", ["images", "sealed/stats.npz", "--save-stats", "--features", "lite0"]),
+])
+def test_a_folder_that_may_not_be_written(server, tmp_path, place, script, args):
+    shutil.copytree(place, tmp_path / "place")
+    here = tmp_path / "place"
+    (here / "sealed").mkdir()
+    before = snapshot(here)
+    sealed = [here / RUN, here / RUN / "checkpoints", here / "sealed", here / RUN / "lock"]
+    for path in sealed:
+        os.chmod(path, 0o555)
+    try:
+        done = server.run(script, *args, cwd=here, unprivileged=True)
+    finally:
+        for path in sealed:
+            os.chmod(path, 0o755)
+    assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
+    assert "Permission denied" in done.err or "cannot be written" in done.err
+    assert snapshot(here) == before
+
+
+# ---- wrong data ----
+
+@pytest.fixture
+def broken_cifar(tmp_path, cifar10_root):
+    """A copy of CIFAR-10 in which one batch may be replaced; the others are links."""
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for file in (cifar10_root / "cifar-10-batches-py").iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["missing", "wrong md5", "all zero", "unreadable", "a folder"])
+def test_wrong_data_is_refused_by_file_name(server, broken_cifar, tmp_path, damage):
+    batch = broken_cifar / "data_batch_3"
+    content = batch.read_bytes()
+    batch.unlink()
+    if damage == "wrong md5":
+        batch.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    elif damage == "all zero":
+        batch.write_bytes(bytes(len(content)))
+    elif damage == "unreadable":
+        batch.write_bytes(content)
+        batch.chmod(0)
+    elif damage == "a folder":
+        batch.mkdir()
+    done = server.run("train.py", "--exp", "E1", *small_run_flags("train.total_steps=2"), "--data-root",
+                      broken_cifar.parent, "--out", tmp_path / "runs", cwd=tmp_path, unprivileged=True)
+    assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
+    assert "data_batch_3" in done.err and not (tmp_path / "runs").exists()
+
+
+def test_the_folder_of_batches_itself_is_recognised(server, broken_cifar, tmp_path):
+    done = server.run("train.py", "--exp", "E1", "--data-root", broken_cifar, cwd=tmp_path, before=OFFLINE)
+    assert done.status == 2 and f"give the one that holds it, {broken_cifar.parent}" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failed_download_leaves_nothing(server, tmp_path):
+    done = server.run("train.py", "--exp", "E1", "--set", "eval.features=none", cwd=tmp_path, before=OFFLINE)
+    assert done.status == 2 and "the download of" in done.err and list(tmp_path.iterdir()) == []
+
+
