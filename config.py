@@ -250,8 +250,11 @@ def config_from_dict(table: dict, file: str) -> Config:
     return _resolve({key: (value, "config") for key, value in _flatten(table).items()}, file)
 
 
-def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
-    """[defaults], the experiments by name, and the file's name."""
+TABLES = ("defaults", "experiments", "figures", "comparisons")
+
+
+def _read(path: str | Path) -> tuple[dict[str, dict], str]:
+    """The file's tables, each there even if empty, and its name. All but [defaults] hold tables in turn."""
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -259,22 +262,37 @@ def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # TOML and UTF-8 errors alike
         raise ConfigError(f"{path.name}: {error}") from None
-    for name in tables:
-        if name not in ("defaults", "experiments"):
-            raise ConfigError(f"{path.name}: unknown table {name}{_nearest(name, ['defaults', 'experiments'])}")
-    defaults, experiments = tables.get("defaults", {}), tables.get("experiments", {})
-    for where, table in [("defaults", defaults), ("experiments", experiments)]:
+    for name, table in tables.items():
+        if name not in TABLES:
+            raise ConfigError(f"{path.name}: unknown table {name}{_nearest(name, TABLES)}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{path.name}: {where}: must be a table")
-    for name, table in experiments.items():
-        if not isinstance(table, dict):
-            raise ConfigError(f"{path.name}: experiments.{name}: must be a table")
-    return defaults, experiments, path.name
+            raise ConfigError(f"{path.name}: {name}: must be a table")
+        for inner, content in table.items():
+            if name != "defaults" and not isinstance(content, dict):
+                raise ConfigError(f"{path.name}: {name}.{inner}: must be a table")
+    return {name: tables.get(name, {}) for name in TABLES}, path.name
+
+
+def load_tables(name: str, keys: dict[str, type], path: str | Path = EXPERIMENTS) -> dict[str, dict]:
+    """The tables [name.*], "figures" or "comparisons", whose keys are of these types. Raises ConfigError."""
+    tables, file = _read(path)
+    for inner, table in tables[name].items():
+        for key, value in table.items():
+            where = f"{file}: [{name}.{inner}]: {key}"
+            if key not in keys:
+                raise ConfigError(f"{where}: unknown key{_nearest(key, list(keys))}")
+            if type(value) is not keys[key]:
+                raise ConfigError(f"{where}: {value!r} is not of type {keys[key].__name__}")
+            for exp in value if key == "runs" else []:
+                if exp not in tables["experiments"]:
+                    raise ConfigError(f"{where}: unknown experiment {exp!r}"
+                                      f"{_nearest(str(exp), list(tables['experiments']))}")
+    return tables[name]
 
 
 def list_experiments(path: str | Path = EXPERIMENTS) -> list[str]:
     """The names of all experiments, in the order of the file."""
-    return list(_read(path)[1])
+    return list(_read(path)[0]["experiments"])
 
 
 def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[str] = ()) -> Config:
@@ -282,7 +300,8 @@ def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[st
 
     An override's value is read as TOML, and as a bare string where it is not TOML. Raises ConfigError.
     """
-    defaults, experiments, file = _read(path)
+    tables, file = _read(path)
+    defaults, experiments = tables["defaults"], tables["experiments"]
     chain, name = [], exp
     while name is not None:
         if name not in experiments:

@@ -32,10 +32,13 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid_png(x_uint8: Tensor, scale: int = 2) -> bytes:
-    """uint8 (N, 3, H, W) as one PNG, as near to square as N allows, each pixel `scale` wide, black between."""
+def grid_png(x_uint8: Tensor, scale: int = 2, cols: int | None = None) -> bytes:
+    """uint8 (N, 3, H, W) as one PNG of `cols` columns, by default as near to square as N allows; black between.
+
+    Each pixel becomes `scale` wide.
+    """
     n, _, h, w = x_uint8.shape
-    cols = math.ceil(math.sqrt(n))
+    cols = cols or math.ceil(math.sqrt(n))
     canvas = torch.zeros(3, math.ceil(n / cols) * (h + 1) + 1, cols * (w + 1) + 1, dtype=torch.uint8)
     for i, image in enumerate(x_uint8.cpu()):
         top, left = i // cols * (h + 1) + 1, i % cols * (w + 1) + 1

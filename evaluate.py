@@ -2,6 +2,7 @@
 
     python evaluate.py runs/E8c/seed1077                             per-t profile of its last checkpoint
     python evaluate.py runs/E8c/seed1077 --distance --n 1000         Frechet distance and KID of fresh samples
+    python evaluate.py runs/E8c/seed1077 --frontier 10,20,50 --n 500 distances over NFE, appended to its results.jsonl
     python evaluate.py runs/E6/seed1077 --against runs/E5/seed1077   paired differences of what both have measured
     python evaluate.py runs/E6/seed1077 --curvature                  Hessian traces of its last checkpoint
     python evaluate.py --stats cifar10 --n 5000                      reference statistics, floor and ceiling
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_checkpoint, read_jsonl, replace_file
+from checkpoint import CheckpointError, append_jsonl, load_checkpoint, lock, read_jsonl, replace_file
 from config import MAX_SAMPLES, Config, ConfigError, config_from_dict, one_line
 from curvature import quadratic_forms, rademacher, summarise
 from data import DataError, load_images, to_model_range, to_uint8
@@ -173,7 +174,8 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
             forms.append(quadratic_forms(losses, params, v))
             ts.append(t)
     forms, t = torch.stack(forms), torch.stack(ts)  # each (P, B)
-    record = {"step": step, "num_probes": P, "batch_size": B}
+    snr = diffusion.snr[t].mean(dim=1)
+    record = {"step": step, "num_probes": P, "batch_size": B, "curvature/snr_mean_samples": snr.tolist()}
     for name, weights in (("hutch_trace", w[t]), ("hutch_trace_unweighted", torch.ones_like(forms))):
         trace = summarise((weights * forms).mean(dim=1).tolist())
         record |= {f"curvature/{name}_{key}": getattr(trace, key) for key in ("mean", "std", "stderr", "samples")}
@@ -295,9 +297,10 @@ def save_influence(run_dir: Path, record: dict, estimates: dict[str, Estimate]) 
 def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     """b minus a for every distance that both runs have measured alike, with the error of the difference.
 
-    Runs of one seed start sample i from the same x_T (common random numbers), so their samples' influences are
-    correlated, and the error of the difference is that of the paired influences. Raises RunError where two runs have
-    no measurement in common, or different seeds.
+    Alike is of one kind, sampler, nfe, n and so on, and at one step, or both at the end of their run. Runs of one seed
+    start sample i from the same x_T (common random numbers), so their samples' influences are correlated, and the
+    error of the difference is that of the paired influences. Raises RunError where two runs have no measurement in
+    common, or different seeds.
     """
     seeds = []
     for run in (run_a, run_b):
@@ -306,11 +309,15 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
         seeds.append(read_json(run / "config.json").get("seed"))
     if seeds[0] != seeds[1]:
         raise RunError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
-    same = ("step", "final", "sampler", "nfe", "n", "features", "reference")
-    others = {tuple(r[k] for k in same): r for r in read_jsonl(run_b / "results.jsonl") if "sampler" in r}
+
+    def point(r):
+        step = None if r["kind"] == "final" else r["step"]
+        return step, *(r[key] for key in ("kind", "sampler", "nfe", "n", "features", "reference"))
+
+    others = {point(r): r for r in read_jsonl(run_b / "results.jsonl") if "sampler" in r}
     differences = []
     for a in read_jsonl(run_a / "results.jsonl"):
-        b = others.get(tuple(a[k] for k in same)) if "sampler" in a else None
+        b = others.get(point(a)) if "sampler" in a else None
         if b is None:
             continue
         paths = influence_path(run_a, a), influence_path(run_b, b)
@@ -318,7 +325,8 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
             if not path.exists():
                 raise RunError(f"{path}: missing, so the error of the difference cannot be told")
         with np.load(paths[0]) as file_a, np.load(paths[1]) as file_b:
-            record = {key: a[key] for key in same}
+            record = {"step": b["step"], "step_a": a["step"]}
+            record |= {key: a[key] for key in ("kind", "sampler", "nfe", "n", "features", "reference")}
             for name in metric_names(a["features"]):
                 pull = file_b[name].astype(np.float64) - file_a[name]
                 record |= {name: b[name] - a[name], f"{name}_stderr": float(pull.std(ddof=1) / len(pull)**0.5)}
@@ -326,6 +334,56 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     if not differences:
         raise RunError(f"{run_a} and {run_b} have no distance in common")
     return differences
+
+
+class Run:
+    """A run directory, read and never written: config and logs. Raises RunError where `path` is none."""
+
+    def __init__(self, path: Path):
+        if not (path / "config.json").exists():
+            raise RunError(f"{path}: not a run directory (no config.json)")
+        self.path, self.config = path, config_from_dict(read_json(path / "config.json"), str(path / "config.json"))
+        self.exp, self.seed = self.config.exp, self.config.seed
+
+    def log(self, name: str) -> list[dict]:
+        """The lines of NAME.jsonl. Raises RunError where there are none."""
+        if name not in self._logs:
+            self._logs[name] = read_jsonl(self.path / f"{name}.jsonl")
+        if not self._logs[name]:
+            raise RunError(f"{self.path}: no line in {name}.jsonl yet")
+        return self._logs[name]
+
+    @cached_property
+    def _logs(self) -> dict[str, list[dict]]:
+        return {}
+
+    def results(self, kind: str) -> list[dict]:
+        """The distances measured as kind "milestone", "final" or "frontier"; maybe none."""
+        return [r for r in self.log("results") if r["kind"] == kind and "sampler" in r]
+
+
+def find_runs(root: Path, exp: str) -> list[Run]:
+    """The runs of an experiment below root, by seed; none where it was not run. Raises RunError, ConfigError."""
+    return sorted((Run(path.parent) for path in (root / exp).glob("seed*/config.json")), key=lambda run: run.seed)
+
+
+def frontier(config: Config, step: int, ema: UNet, diffusion: Diffusion, distances: Distances, run_dir: Path, n: int,
+             nfes: list[int], samplers: list[str]) -> None:
+    """Append to results.jsonl the distances of n samples for each sampler and NFE that it does not hold already."""
+    path = run_dir / "results.jsonl"
+    for sampler in samplers:
+        for nfe in nfes:
+            point = {"step": step, "kind": "frontier", "sampler": sampler, "nfe": nfe, "n": n,
+                     "features": distances.network.name}
+            record = next((r for r in read_jsonl(path) if point.items() <= r.items()), None)
+            if record is None:
+                samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress=f"{sampler} {nfe}")
+                features = extract(distances.network, samples, progress="features").numpy()
+                measured, estimates = distances.measure(features)
+                record = point | measured
+                save_influence(run_dir, record, estimates)
+                append_jsonl(path, record)
+            print(json.dumps(record), flush=True)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -364,18 +422,33 @@ def run_script(main) -> None:
         sys.exit(130)
 
 
+def numbers(text: str) -> list[int]:
+    """ "10,20" -> [10, 20], for argparse."""
+    return [int(part) for part in text.split(",")]
+
+
+def samplers(text: str) -> list[str]:
+    """ "ddim,ddpm" -> ["ddim", "ddpm"], for argparse."""
+    names = text.split(",")
+    if not set(names) <= {"ddim", "ddpm"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: must name ddim, ddpm or both")
+    return names
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--distance", action="store_true", help="sample from the EMA weights and measure")
+    what.add_argument("--frontier", type=numbers, metavar="NFE,NFE", help="distances at each NFE, appended to the run")
     what.add_argument("--curvature", action="store_true", help="Hessian traces at the raw weights")
     what.add_argument("--against", type=Path, metavar="RUN_DIR", help="another run of the same seed")
     what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
     parser.add_argument("--features", choices=["inception", "lite0"], help="the run's by default, else inception")
     parser.add_argument("--weights", default="", help="Inception weights; the run's by default")
     parser.add_argument("--sampler", choices=["ddpm", "ddim"], help="the run's milestone sampler by default")
+    parser.add_argument("--samplers", type=samplers, metavar="S,S", help="of --frontier; ddim,ddpm by default")
     parser.add_argument("--nfe", type=int, help="the run's by default")
     parser.add_argument("--n", type=int, help="number of samples; the run's milestone number by default")
     parser.add_argument("--data-root", help="where CIFAR-10 lies; the run's by default, else data")
@@ -384,12 +457,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.run_dir is None) == (args.stats is None):
         parser.error("give either RUN_DIR or --stats")
-    reads = {"--features": args.stats or args.distance, "--weights": args.stats or args.distance,
-             "--n": args.stats or args.distance, "--stats-root": args.stats or args.distance,
-             "--sampler": args.distance, "--nfe": args.distance, "--data-root": not args.against}
+    measures = args.stats or args.distance or args.frontier
+    reads = {"--features": measures, "--weights": measures, "--n": measures, "--stats-root": measures,
+             "--sampler": args.distance, "--nfe": args.distance, "--samplers": args.frontier,
+             "--data-root": not args.against}
     for option, read in reads.items():
         if getattr(args, option[2:].replace("-", "_")) and not read:
-            parser.error(f"{option} has no effect here; it goes with --distance or --stats")
+            parser.error(f"{option} has no effect here; it goes with --distance, --frontier or --stats")
     return args
 
 
@@ -416,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.curvature:
         print(json.dumps(curvature_record(config, step, model, diffusion, train.to(device))))
         return 0
-    if not args.distance:
+    if not (args.distance or args.frontier):
         print(json.dumps(profile_record(step, model, ema, diffusion, test[:config.eval.profile_images])))
         return 0
     features = args.features or config.eval.features
@@ -424,11 +498,18 @@ def main(argv: list[str] | None = None) -> int:
         raise RunError(f"{args.run_dir}: its config has eval.features = none; give --features lite0 or inception")
     n, nfe = args.n or config.eval.n_samples, config.eval.nfe if args.nfe is None else args.nfe
     sampler = args.sampler or config.eval.sampler
-    if not 1 <= nfe <= diffusion.T:
-        raise RunError(f"--nfe {nfe}: must be from 1 to T = {diffusion.T}")
+    for each in args.frontier or [nfe]:
+        if not 1 <= each <= diffusion.T:
+            option = "--frontier" if args.frontier else "--nfe"
+            raise RunError(f"{option} {each}: must be from 1 to T = {diffusion.T}")
     network = feature_network(features, args.weights or config.eval.inception_weights, device)
     distances = Distances(network, config.data.name, train, test, args.stats_root or config.eval.stats_root)
     distances.check_cache()
+    if args.frontier:
+        with lock(args.run_dir):
+            frontier(config, step, ema, diffusion, distances, args.run_dir, n, args.frontier,
+                     args.samplers or ["ddim", "ddpm"])
+        return 0
     samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress="sampling")
     record, _ = distances.measure(extract(network, samples, progress="features").numpy())
     print(json.dumps({"step": step, "sampler": sampler, "nfe": nfe, **record}))

@@ -348,29 +348,29 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
         profiles = [profile_record(step, state.model, state.ema, diffusion, held_out)]
         append_jsonl(run_dir / "per_t.jsonl", profiles[0])
     means = {f"val/{key}": sum(profiles[0][key]) / len(profiles[0][key]) for key in ("eps_mse_raw", "eps_mse_ema")}
-    due = [(False, ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
+    due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     if step == config.train.total_steps:
-        due += [(True, sampler, ev.final_n_samples) for sampler in ev.final_samplers]
-    done = {(r["final"], r.get("sampler")) for r in logged(run_dir / "results.jsonl", step)}
+        due += [("final", sampler, ev.final_n_samples) for sampler in ev.final_samplers]
+    done = {(r["kind"], r.get("sampler")) for r in logged(run_dir / "results.jsonl", step)}
     if distances is None:
-        for final in dict.fromkeys(final for final, _, _ in due):
-            if (final, None) not in done:
-                append_jsonl(run_dir / "results.jsonl", {"step": step, "final": final, **means})
+        for kind in dict.fromkeys(kind for kind, _, _ in due):
+            if (kind, None) not in done:
+                append_jsonl(run_dir / "results.jsonl", {"step": step, "kind": kind, **means})
         return
 
-    due = [(final, sampler, n) for final, sampler, n in due if (final, sampler) not in done]
+    due = [(kind, sampler, n) for kind, sampler, n in due if (kind, sampler) not in done]
     longest = {sampler: max(n for _, other, n in due if other == sampler) for _, sampler, _ in due}
     features = {}
-    for final, sampler, n in due:
+    for kind, sampler, n in due:
         drawn = longest[sampler] if n % CHUNK == 0 else n  # whole chunks are the same however many follow
         if (sampler, drawn) not in features:
             samples = sample_images(state.ema, diffusion, drawn, sampler, ev.nfe, config.seed, progress="samples")
             features[sampler, drawn] = extract(distances.network, samples, progress="features").numpy()
         record, estimates = distances.measure(features[sampler, drawn][:n])
-        record = {"step": step, "final": final, "sampler": sampler, "nfe": ev.nfe, **record, **means}
+        record = {"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, **record, **means}
         name = metric_names(ev.features)[0]
-        milestones = [r for r in read_jsonl(run_dir / "results.jsonl") if not r["final"]]
-        if final and milestones:
+        milestones = [r for r in read_jsonl(run_dir / "results.jsonl") if r["kind"] == "milestone"]
+        if kind == "final" and milestones:
             best = min(milestones, key=lambda r: r[name])
             record |= {f"{name}_min": best[name], f"{name}_min_step": best["step"]}
         save_influence(run_dir, record, estimates)
@@ -452,8 +452,8 @@ def rewind_logs(config: Config, run_dir: Path, step: int) -> None:
         every = config.eval.every if name in ("results.jsonl", "per_t.jsonl") else 1
 
         def keep(record, every=every):
-            due = record["step"] % every == 0 and not record.get("final")
-            return record["step"] <= step and (due or record["step"] == total)
+            due = record["step"] % every == 0 and record.get("kind") != "final"
+            return record["step"] <= step and (due or record["step"] == total or record.get("kind") == "frontier")
 
         filter_jsonl(run_dir / name, keep)
     due = range(config.log.every, step + 1, config.log.every)

@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,12 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait(self) -> Done:
+    def wait(self, seconds: float = 120) -> Done:
+        """Its end; it is killed if it does not end by itself within that time."""
+        timer = threading.Timer(seconds, self.kill)
+        timer.start()
         status = self.server._ask(wait=self.pid)
+        timer.cancel()
         return Done(status, *(Path(path).read_text(encoding="utf-8") for path in self.outputs))
 
 
@@ -114,6 +119,8 @@ def serve() -> None:
 
     import evaluate  # noqa: F401
     import fid  # noqa: F401
+    import plots  # noqa: F401
+    import report  # noqa: F401
     import sample  # noqa: F401
     import train  # noqa: F401
 

@@ -1,5 +1,6 @@
 """Command lines that must be refused, and places that must work: the scripts as real processes."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -91,6 +92,20 @@ REFUSED = [
     ("sample.py", f"{RUN} --sampler euler", "invalid choice: 'euler'"),
     ("sample.py", f"{RUN} --device cuda:99", "--device cuda:99"),
     ("sample.py", f"{RUN} --out text --n 1 --nfe 1", "text"),
+    ("sample.py", f"{RUN} --trajectory --n 17", "--n 17: of --trajectory must be at most 16"),
+    ("sample.py", f"{RUN} --trajectory --npz", "give one of them"),
+    ("plots.py", "", "give names of figures, or --all, or --kind with --exps"),
+    ("plots.py", "weight", "unknown figure 'weight'"),
+    ("plots.py", "--kind pie --exps E5", "invalid choice: 'pie'"),
+    ("plots.py", "--kind per_t", "--kind and --exps go together"),
+    ("plots.py", "--all --runs text", "--runs text: not a folder"),
+    ("plots.py", "weights --out text", "text"),
+    ("report.py", "", "give a comparison, or two experiments, or --pages"),
+    ("report.py", "E5 E6 E7", "give a comparison, or two experiments, or --pages"),
+    ("report.py", "min_snr_11k", "unknown comparison 'min_snr_11k'"),
+    ("report.py", "E5 E66", "unknown experiment 'E66'"),
+    ("report.py", "E5 E6", "no run of E5 in runs"),
+    ("report.py", "smoke smoke", "do not differ in loss.weighting, loss.gamma"),
     ("evaluate.py", "", "give either RUN_DIR or --stats"),
     ("evaluate.py", "missing", "missing: not a run directory"),
     ("evaluate.py", "damaged", "damaged"),
@@ -101,6 +116,10 @@ REFUSED = [
     ("evaluate.py", f"{RUN} --distance --features lite0 --n 1", "--n 1: must be from 2"),
     ("evaluate.py", f"{RUN} --distance --features lite0 --nfe 1001", "--nfe 1001"),
     ("evaluate.py", f"{RUN} --distance --features lite0 --stats-root text", "is not a folder that can be written to"),
+    ("evaluate.py", f"{RUN} --frontier 10,x --features lite0", "invalid numbers value: '10,x'"),
+    ("evaluate.py", f"{RUN} --frontier 10,2000 --features lite0", "--frontier 2000: must be from 1 to T = 1000"),
+    ("evaluate.py", f"{RUN} --frontier 10 --samplers euler --features lite0", "must name ddim, ddpm or both"),
+    ("evaluate.py", f"{RUN} --samplers ddim", "--samplers has no effect here"),
     ("evaluate.py", "--stats mnist", "invalid choice: 'mnist'"),
     ("evaluate.py", "--stats cifar10 --features lite0 --data-root cifar", "data_batch_1 is missing"),
     ("fid.py", "", "required: a, b"),
@@ -162,6 +181,7 @@ def test_paths_with_spaces_and_other_alphabets(server, tmp_path):
     done = server.run("train.py", *flags, cwd=odd, before=cached)
     assert done.status == 0, done.err
     run_dir = odd / "out" / "smoke" / "seed1077"
+    assert json.loads((run_dir / "config.json").read_text())["data"]["root"] == str(odd / "data")
     assert str(run_dir) in done.out and "val/fd_lite0" in read_jsonl(run_dir / "results.jsonl")[-1]
     done = server.run("sample.py", run_dir, "--n", "1", "--nfe", "1", "--npz", cwd=odd)
     assert done.status == 0 and Path(done.out.splitlines()[1]).exists()

@@ -83,7 +83,8 @@ def test_kill_anywhere(server, tmp_path, request):
     """Killed at random moments and inside checkpoint writes, again and again: the same run, to the last byte."""
     kills = 1000 if request.config.getoption("--campaign") else 24
     overrides = [*EVERYTHING, f"train.total_steps={10 * kills}"]
-    assert server.run("train.py", *flags(tmp_path / "whole", *overrides), cwd=tmp_path).status == 0
+    whole = server.start("train.py", *flags(tmp_path / "whole", *overrides), cwd=tmp_path).wait(10 * kills)
+    assert whole.status == 0, whole.err
     run_dir, killed, fates, rng = tmp_path / "killed" / "smoke" / "seed1077", 0, [], random.Random(0)
     stages = list(DIES_AT)
     while killed < kills:
@@ -105,7 +106,7 @@ def test_kill_anywhere(server, tmp_path, request):
     assert killed < 12 or set(fates) == {"any", *DIES_AT}
     step = load_checkpoint(run_dir / "checkpoints")["step"]
     print(f"{killed} kills, at step {step} of {10 * kills} after the last")
-    done = server.run("train.py", *flags(tmp_path / "killed", *overrides), "--resume", cwd=tmp_path)
+    done = server.start("train.py", *flags(tmp_path / "killed", *overrides), "--resume", cwd=tmp_path).wait(10 * kills)
     assert done.status == 0, done.err
     whole, survived = contents(tmp_path / "whole" / "smoke" / "seed1077"), contents(run_dir)
     assert whole.keys() == survived.keys()
@@ -154,6 +155,8 @@ def test_a_signal_does_not_wait_for_a_measurement(run_train, monkeypatch, tmp_pa
         assert "stopped by SIGTERM" in capsys.readouterr().err
         resumed = run_train("E4", *extra, out=f"stopped{stop_at}", flags=["--resume"])
         assert len(calls) == calls_of_whole + 1
+        run_train("E4", *extra, out=f"stopped{stop_at}", flags=["--resume"])
+        assert len(calls) == calls_of_whole + 1  # there is nothing left to do
         assert same(contents(resumed), contents(whole))
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -349,7 +352,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(server, tmp_path):
     first = server.start("train.py", *flags(tmp_path, *overrides), cwd=tmp_path)
     wait_for(lambda: read_jsonl(run_dir / "timing.jsonl"), first)
     for flag in ("--resume", "--overwrite"):
-        second = server.run("train.py", *flags(tmp_path, *overrides), flag, cwd=tmp_path)
+        second = server.start("train.py", *flags(tmp_path, *overrides), flag, cwd=tmp_path).wait(20)
         assert second.status == 2 and f"in use by process {first.pid}" in second.err
         assert len(second.err.splitlines()) == 1
     first.kill()

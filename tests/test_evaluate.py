@@ -176,8 +176,9 @@ def run_with_fid(run_train, tmp_path, monkeypatch):
 def test_distances_in_training(run_with_fid):
     run_dir = run_with_fid("E4")  # ends with both samplers
     results = read_jsonl(run_dir / "results.jsonl")
-    assert [(r["step"], r["final"], r["sampler"], r["n"]) for r in results] == [
-        (6, False, "ddpm", 20), (12, False, "ddpm", 20), (12, True, "ddpm", 30), (12, True, "ddim", 30)]
+    assert [(r["step"], r["kind"], r["sampler"], r["n"]) for r in results] == [
+        (6, "milestone", "ddpm", 20), (12, "milestone", "ddpm", 20),
+        (12, "final", "ddpm", 30), (12, "final", "ddim", 30)]
     for r in results:
         assert {"nfe", "features", "reference", "floor", "ceiling", "val/fid_stderr", "val/kid"} <= r.keys()
     milestones = [r["val/fid"] for r in results[:2]]
@@ -228,3 +229,48 @@ def test_training_without_weights_is_refused_before_it_starts(run_train, tmp_pat
     with pytest.raises(FeatureError, match="w.pth: no such weights file.*eval.features=lite0"):
         run_train("E1", "eval.features=inception", f"eval.inception_weights='{tmp_path}/w.pth'")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_frontier_is_appended_point_by_point(run_with_fid, monkeypatch, capsys):
+    monkeypatch.setattr("evaluate.feature_network", tiny_network)
+    run_dir = run_with_fid("E2")
+    before, real, calls = (run_dir / "results.jsonl").read_text(), evaluate.sample_images, []
+
+    def sample_images(model, diffusion, n, sampler, nfe, *args, **kwargs):
+        calls.append((sampler, nfe))
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return real(model, diffusion, n, sampler, nfe, *args, **kwargs)
+
+    monkeypatch.setattr("evaluate.sample_images", sample_images)
+    command, stop_at = [str(run_dir), "--frontier", "2,4", "--n", "20", "--device", "cpu"], 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command)
+    evaluate.main(command)
+    assert calls == [("ddim", 2), ("ddim", 4), ("ddpm", 2), ("ddpm", 2), ("ddpm", 4)]  # what was there was not repeated
+    evaluate.main(command)
+    assert len(calls) == 5
+    after = (run_dir / "results.jsonl").read_text()
+    assert after.startswith(before)
+    points = [r for r in read_jsonl(run_dir / "results.jsonl") if r["kind"] == "frontier"]
+    assert [(r["sampler"], r["nfe"], r["n"], r["step"]) for r in points] == [
+        ("ddim", 2, 20, 12), ("ddim", 4, 20, 12), ("ddpm", 2, 20, 12), ("ddpm", 4, 20, 12)]
+    assert all({"val/fid_stderr", "val/kid", "floor", "ceiling"} <= r.keys() for r in points)
+    milestone = read_jsonl(run_dir / "results.jsonl")[1]  # DDPM, NFE 2, n = 20, at step 12 too
+    assert milestone["kind"] == "milestone" and milestone["val/fid"] == points[2]["val/fid"]
+    evaluate.main([*command, "--samplers", "ddpm", "--n", "10"])
+    assert calls[5:] == [("ddpm", 2), ("ddpm", 4)]  # another n is another point
+    other = run_with_fid("E1")
+    evaluate.main([str(other), *command[1:]])
+    capsys.readouterr()
+    evaluate.main([str(run_dir), "--against", str(other)])
+    assert [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()][-4:] == ["frontier"] * 4
+
+
+def test_a_resumed_run_keeps_its_frontier(run_with_fid, monkeypatch):
+    monkeypatch.setattr("evaluate.feature_network", tiny_network)
+    run_dir = run_with_fid("E2")
+    evaluate.main([str(run_dir), "--frontier", "2", "--samplers", "ddim", "--n", "20", "--device", "cpu"])
+    run_with_fid("E2", "train.total_steps=15", flags=["--resume"])
+    kinds = [(r["kind"], r["step"]) for r in read_jsonl(run_dir / "results.jsonl")]
+    assert kinds == [("milestone", 6), ("milestone", 12), ("frontier", 12), ("final", 15)]

@@ -8,8 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from config import load_tables
+
 LEAVES = {"config", "rng", "data", "model", "diffusion", "weighting", "curvature", "fid", "checkpoint"}
-SCRIPTS = {"train", "sample"}
+SCRIPTS = {"train", "sample", "plots", "report"}
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
 
@@ -48,3 +50,12 @@ def test_the_readme_names_every_module_and_every_logged_metric():
     source = (ROOT / "train.py").read_text() + (ROOT / "evaluate.py").read_text()
     metrics = set(re.findall(r'"((?:train|snr|val|curvature)/\w+)"', source))
     assert len(metrics) > 8 and [m for m in metrics if f"`{m}`" not in readme] == []
+
+
+def test_the_readme_has_a_row_for_every_figure():
+    readme = (ROOT / "README.md").read_text().split("\n## Figures and reports\n")[1]
+    figures = load_tables("figures", {"kind": str, "runs": list, "until": int})
+    assert len(figures) > 12
+    for name, table in figures.items():
+        (row,) = [line for line in readme.splitlines() if line.startswith("|") and f"`{name}`" in line]
+        assert all(exp in row for exp in table.get("runs", []))

@@ -4,7 +4,9 @@ import torch
 from PIL import Image
 
 import sample
+from data import to_uint8
 from evaluate import RunError, load_run, sample_images
+from rng import generator
 
 
 @pytest.fixture
@@ -31,6 +33,26 @@ def test_each_option_changes_the_samples(run_dir, tmp_path, capsys):
     files = capsys.readouterr().out.split()[1::2]
     arrays = {numpy.load(f)["arr_0"].tobytes() for f in files}
     assert len(set(files)) == len(arrays) == len(variants)
+
+
+def test_a_trajectory_leads_from_noise_to_the_usual_sample(run_dir, capsys):
+    """Rows: x_t and x_0_hat of each sample; columns: from x_T to x_0."""
+    sample.main([str(run_dir), "--trajectory", "--n", "2", "--nfe", "20", "--device", "cpu"])
+    picture = numpy.array(Image.open(capsys.readouterr().out.strip()))[::2, ::2]
+    assert picture.shape == (4 * 33 + 1, 10 * 33 + 1, 3)
+    cells = [[picture[r * 33 + 1:r * 33 + 33, c * 33 + 1:c * 33 + 33] for c in range(10)] for r in range(4)]
+    _, _, _, ema, diffusion = load_run(run_dir, "cpu")
+    x_0 = sample_images(ema, diffusion, 2, "ddim", 20, seed=1077).permute(0, 2, 3, 1).numpy()
+    x_T = torch.randn(2, 3, 32, 32, generator=generator(1077, "x_T", 0))
+    with torch.no_grad():
+        t = torch.full((2,), diffusion.T - 1)
+        x_0_hat = to_uint8(diffusion.predict_x0(x_T, t, ema(x_T, t))).permute(0, 2, 3, 1).numpy()
+    for i in range(2):
+        assert (cells[2 * i][0] == to_uint8(x_T[i]).permute(1, 2, 0).numpy()).all()
+        assert (cells[2 * i][9] == x_0[i]).all() and (cells[2 * i + 1][9] == x_0[i]).all()
+        assert abs(cells[2 * i + 1][0].astype(int) - x_0_hat[i]).max() <= 1
+    columns = [numpy.stack([cells[0][c], cells[2][c]]).tobytes() for c in range(10)]
+    assert len(set(columns)) == 10  # ten different moments
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -234,8 +234,8 @@ def test_the_run_directory(run_train, capsys):
     for r in records:
         assert r["snr/min"] <= r["snr/mean"] <= r["snr/max"] and 0 < r["train/weight_mean"] <= 1
         assert r["train/loss"] <= r["train/eps_mse"] and r["train/grad_global_L2"] > 0
-    assert [(r["step"], r["final"]) for r in read_jsonl(run_dir / "results.jsonl")] == [(6, False), (12, False),
-                                                                                       (12, True)]
+    assert [(r["step"], r["kind"]) for r in read_jsonl(run_dir / "results.jsonl")] == [
+        (6, "milestone"), (12, "milestone"), (12, "final")]
     assert [r["step"] for r in read_jsonl(run_dir / "per_t.jsonl")] == [6, 12]
     assert sorted(p.name for p in (run_dir / "grids").iterdir()) == ["step_000006_ddim2.png", "step_000012_ddim2.png"]
     config = json.loads((run_dir / "config.json").read_text())

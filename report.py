@@ -1,0 +1,489 @@
+"""What a comparison of two arms shows, as Markdown and as one HTML page; and the experiments' own pages.
+
+    python report.py min_snr_10k                   a comparison of experiments.toml, from runs/
+    python report.py E5 E6 --runs DIR              any two experiments: baseline, then arm
+    python report.py --pages                       bring docs/experiments/E*.md up to date with experiments.toml
+
+An arm is compared with its baseline seed by seed. What differs between their configs besides the declared factor ends
+the comparison, unless --force is given. Verdicts follow the criteria that were registered before the runs.
+"""
+
+import argparse
+import base64
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import replace_file
+from config import flatten, list_experiments, load_config, load_tables
+from evaluate import Run, RunError, build, find_runs, metric_names, paired_differences, read_json, run_script
+
+DISTANCE_CRITERION, TRACE_CRITERION = 0.07, 0.10  # pre-registered: the least relative change that counts
+NOISE = 2.0                                       # standard errors that a difference must exceed
+# Keys that may differ: they say where files lie, and when and what is measured, which changes no training.
+HARMLESS = ("data.root", "eval.stats_root", "eval.inception_weights", "eval.every", "eval.final_samplers", "log.every",
+            "train.checkpoint_every", "curvature.every", "grid.every", "grid.n", "grid.sampler", "grid.nfe")
+KINDS = ("distance_and_loss_vs_steps", "curvature_vs_steps", "curvature_vs_distance", "per_t", "grad_norm", "frontier",
+         "grids")                                 # of figures in a report, where they can be drawn
+ROOT = Path(__file__).parent
+PAGES = ROOT / "docs" / "experiments"
+
+
+# ---- numbers with errors ----
+
+@dataclass(frozen=True)
+class Measured:
+    """A number and its standard error (None where it has none)."""
+    value: float
+    stderr: float | None = None
+
+    def __str__(self) -> str:
+        if self.stderr is None or not math.isfinite(self.stderr) or self.stderr == 0:
+            return f"{self.value:.4g}"
+        digits = max(0, 1 - math.floor(math.log10(self.stderr)))  # two digits of the error
+        return f"{self.value:,.{digits}f} ± {self.stderr:,.{digits}f}"
+
+
+def pooled(parts: list[Measured]) -> Measured:
+    """Mean over seeds. Error: of the seeds' spread, std / sqrt(k), but no less than their own errors leave."""
+    k, values = len(parts), [part.value for part in parts]
+    own = [part.stderr for part in parts if part.stderr is not None]
+    errors = [math.hypot(*own) / k] if len(own) == k else []
+    if k > 1:
+        errors.append(float(np.std(values, ddof=1)) / math.sqrt(k))
+    return Measured(float(np.mean(values)), max(errors, default=None))
+
+
+def relative(difference: Measured, baseline: float) -> Measured:
+    """difference / baseline, the baseline taken as exact."""
+    return Measured(difference.value / abs(baseline),
+                    None if difference.stderr is None else difference.stderr / abs(baseline))
+
+
+def verdict(change: Measured | None, criterion: float) -> str:
+    """ "better", "worse", "neutral" or "missing", for a relative change of something that is better when lower.
+
+    Neutral is what lies within the noise (NOISE standard errors) and what lies beyond it but below the criterion. A
+    change without an error has no verdict.
+    """
+    if change is None or change.stderr is None or not math.isfinite(change.value):
+        return "missing"
+    if abs(change.value) <= NOISE * change.stderr or abs(change.value) < criterion:
+        return "neutral"
+    return "better" if change.value < 0 else "worse"
+
+
+def percent(change: Measured) -> str:
+    return str(Measured(100 * change.value, None if change.stderr is None else 100 * change.stderr)) + " %"
+
+
+# ---- what is compared ----
+
+def differing(a: Run, b: Run) -> dict[str, tuple]:
+    """Config keys in which two runs differ, with both values; not what names them."""
+    one, two = flatten(a.config), flatten(b.config)
+    unused = {"loss.gamma"} if "constant" in (a.config.loss.weighting, b.config.loss.weighting) else set()
+    return {key: (one[key], two[key]) for key in one
+            if one[key] != two[key] and key not in {"exp", "title", "question", *unused}}
+
+
+def check_comparable(a: Run, b: Run, factor: list[str], force: bool) -> list[str]:
+    """Notes on what differs beside the factor. Raises RunError where that may explain a difference by itself."""
+    differs = differing(a, b)
+    wrong = [f"{key} ({differs[key][0]}, {differs[key][1]})" for key in differs if key not in (*factor, *HARMLESS)]
+    if wrong and not force:
+        raise RunError(f"{a.path} and {b.path} differ in more than {', '.join(factor)}: {'; '.join(wrong)}; compare "
+                       "others, declare it by --factor, or --force")
+    if not any(key in differs for key in factor) and not force:
+        raise RunError(f"{a.path} and {b.path} do not differ in {', '.join(factor)}; declare what differs by --factor")
+    notes = [f"Forced: they also differ in {text}." for text in wrong]
+    envs = [read_json(run.path / "env.json") if (run.path / "env.json").exists() else {} for run in (a, b)]
+    for key in ("git_commit", "torch", "device", "threads"):
+        if envs[0].get(key) != envs[1].get(key):
+            notes.append(f"Seed {a.seed}: {key} is {envs[0].get(key)} for {a.exp} and {envs[1].get(key)} for {b.exp}.")
+    return notes
+
+
+def pairs_of(root: Path, exps: list[str]) -> list[tuple[Run, Run]]:
+    """(baseline, arm) for each seed that both were run with. Raises RunError."""
+    runs = [{run.seed: run for run in find_runs(root, exp)} for exp in exps]
+    for exp, found in zip(exps, runs, strict=True):
+        if not found:
+            raise RunError(f"no run of {exp} in {root}; python train.py --exp {exp}")
+    seeds = sorted(runs[0].keys() & runs[1].keys())
+    if not seeds:
+        raise RunError(f"{exps[0]} has seeds {sorted(runs[0])}, {exps[1]} {sorted(runs[1])}: none that both have")
+    return [(runs[0][seed], runs[1][seed]) for seed in seeds]
+
+
+# ---- sections of a report: a heading, text, and tables of strings ----
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    parts: list[str | Table]
+
+
+def config_section(pairs: list[tuple[Run, Run]], notes: list[str]) -> Section:
+    a, b = pairs[0]
+    rows = [[f"`{key}`", json.dumps(one), json.dumps(two)] for key, (one, two) in differing(a, b).items()]
+    seeds = ", ".join(str(run.seed) for run, _ in pairs)
+    return Section("What differs", [Table(["key", a.exp, b.exp], rows), f"Seeds: {seeds}. Everything else is equal.",
+                                    *notes])
+
+
+def compute_section(pairs: list[tuple[Run, Run]]) -> Section:
+    """Steps, images, parameters and seconds of both arms."""
+    columns = []
+    for runs in zip(*pairs, strict=True):
+        config = runs[0].config
+        parameters = sum(p.numel() for p in build(config, "cpu")[0].parameters())
+        reached = [run.log("loss")[-1]["step"] for run in runs]
+        seconds = [sum(r.get("seconds/train", 0) for r in run.log("timing")) for run in runs]
+        columns.append([f"{min(reached):,} of {config.train.total_steps:,}",
+                        f"{min(reached) * config.train.batch_size:,}", f"{parameters:,}",
+                        str(pooled([Measured(s) for s in seconds]))])
+    names = ["steps logged", "images seen", "parameters", "seconds of training (mean over seeds)"]
+    rows = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
+    return Section("Compute", [Table(["", pairs[0][0].exp, pairs[0][1].exp], rows)])
+
+
+def distance_rows(pairs: list[tuple[Run, Run]]) -> dict[tuple, list[tuple[dict, dict, dict]]]:
+    """(kind, step, sampler, nfe, n) -> for each seed that has it: the two lines, and their paired difference."""
+    rows = {}
+    for a, b in pairs:
+        try:
+            differences = paired_differences(a.path, b.path)
+        except RunError as error:
+            if "no distance in common" in str(error):
+                continue
+            raise
+        for d in differences:
+            alike = {key: d[key] for key in ("kind", "sampler", "nfe", "n", "features")}
+            lines = [next(r for r in run.log("results") if (alike | {"step": step}).items() <= r.items())
+                     for run, step in ((a, d["step_a"]), (b, d["step"]))]
+            point = (d["kind"], d["step"], d["sampler"], d["nfe"], d["n"])
+            rows.setdefault(point, []).append((*lines, d))
+    return rows
+
+
+def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, dict[str, Measured]]:
+    """All distances with their paired differences; and the relative changes of the final ones, by name."""
+    rows, changes, contexts = distance_rows(pairs), {}, {}
+    a, b = (run.exp for run in pairs[0])
+    if not rows:
+        return Section("Distance", ["Not measured in both arms."]), {}
+    keys = metric_names(pairs[0][0].config.eval.features)
+    table = []
+    order = ("milestone", "final", "frontier")
+    for (kind, step, sampler, nfe, n), seeds in sorted(rows.items(), key=lambda row: (order.index(row[0][0]), row[0])):
+        context = seeds[0][0]
+        floor, ceiling = context["floor"] or math.nan, context["ceiling"] or math.nan
+        contexts[n] = f"at n = {n:,} floor {floor:.4g}, ceiling {ceiling:.4g}"
+        for key in keys:
+            one, two = (pooled([Measured(s[i][key], s[i][f"{key}_stderr"]) for s in seeds]) for i in (0, 1))
+            difference = pooled([Measured(s[2][key], s[2][f"{key}_stderr"]) for s in seeds])
+            change = relative(difference, one.value)
+            table.append([kind, f"{step:,}", f"{sampler.upper()} {nfe}", f"{n:,}", key, str(one), str(two),
+                          str(difference), percent(change)])
+            if kind == "final":
+                changes[f"{key}, {sampler.upper()} {nfe}, n = {n:,}"] = change
+    text = (f"Lower is better. Differences ({b} minus {a}) carry the error of their paired samples. Reference: "
+            f"{context['reference']}. {keys[0]} has {'; '.join(contexts.values())} (floor: training images, ceiling: "
+            "uniform noise); only figures of one n compare.")
+    best = [(run, min(run.results("milestone"), key=lambda r: r[keys[0]], default=None))
+            for pair in pairs for run in pair]
+    minima = [f"{run.exp}, seed {run.seed}: {r[keys[0]]:.4g} at step {r['step']:,}" for run, r in best if r]
+    return Section("Distance", [
+        Table(["kind", "step", "sampler", "n", "metric", a, b, "difference", "relative"], table), text,
+        *([f"Best milestone ({keys[0]}, not the final figure): {'; '.join(minima)}."] if minima else [])]), changes
+
+
+WINDOWS = ("first fifth", 0.0, 0.2), ("last fifth", 0.8, 1.0)
+TRACES = ("hutch_trace", "of the arm's own loss"), ("hutch_trace_unweighted", "of the unweighted loss")
+
+
+def in_window(pair: tuple[Run, Run], log: str, key: str, start: float, end: float) -> list[list]:
+    """What each run of a pair has logged as `key` in a part of its training, at the steps that both have.
+
+    Where the runs differ in length, the part is of each one's own, and their steps are not the same.
+    """
+    totals = [run.config.train.total_steps for run in pair]
+    found = [{r["step"]: r[key] for r in run.log(log)
+              if start * total < r["step"] <= end * total and r[key] is not None}
+             for run, total in zip(pair, totals, strict=True)]
+    if totals[0] == totals[1]:
+        common = found[0].keys() & found[1].keys()
+        found = [{step: values[step] for step in values if step in common} for values in found]
+    return [list(values.values()) for values in found]
+
+
+def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, dict[str, Measured]]:
+    """Both traces in windows of training; and the relative changes of the last window, by name.
+
+    Probe j is the same at every step and in both arms, so the error is that over probes of the paired, time-averaged
+    difference: more steps do not shrink it.
+    """
+    a, b = (run.exp for run in pairs[0])
+    if not all((run.path / "curvature.jsonl").exists() for pair in pairs for run in pair):
+        return Section("Hessian trace", ["Not measured in both arms."]), {}
+    table, changes = [], {}
+    for name, start, end in WINDOWS:
+        for key, text in TRACES:
+            parts = []
+            for pair in pairs:
+                records = in_window(pair, "curvature", f"curvature/{key}_samples", start, end)
+                if all(records):
+                    one, two = (np.mean(samples, axis=0) for samples in records)  # (num_probes,)
+                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), len(records[1])])
+            if parts:
+                one, two, difference = (pooled([part[i] for part in parts]) for i in range(3))
+                change = relative(difference, one.value)
+                table.append([name, text, str(parts[0][3]), str(one), str(two), str(difference), percent(change)])
+                if name == "last fifth":
+                    changes[f"trace {text}"] = change
+    if not table:
+        return Section("Hessian trace", ["Not measured at a common step."]), {}
+    text = ("Errors are over probes, which are the same at every step and in both arms. A weight below 1 alone lowers "
+            "the trace of an arm's own loss: whether the loss is flatter is told by the unweighted one.")
+    return Section("Hessian trace", [
+        Table(["steps", "trace", "records", a, b, "difference", "relative"], table), text]), changes
+
+
+def mean_of(values) -> Measured:
+    values = np.asarray(values, dtype=float)
+    stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Measured(float(values.mean()), stderr)
+
+
+def training_section(pairs: list[tuple[Run, Run]]) -> Section:
+    """Unweighted training error and gradient norm in windows of training."""
+    a, b = (run.exp for run in pairs[0])
+    table, paired = [], True
+    for name, start, end in WINDOWS:
+        for key in ("train/eps_mse_mean", "train/grad_global_L2"):
+            parts = []
+            for pair in pairs:
+                values = in_window(pair, "loss", key, start, end)
+                if all(values):
+                    one, two = (np.array(each) for each in values)
+                    if pair[0].config.train.total_steps == pair[1].config.train.total_steps:
+                        difference = mean_of(two - one)
+                    else:  # other batches: nothing to pair
+                        paired, means = False, (mean_of(one), mean_of(two))
+                        difference = Measured(means[1].value - means[0].value,
+                                              math.hypot(*(mean.stderr or math.nan for mean in means)))
+                    parts.append([mean_of(one), mean_of(two), difference, one.max(), two.max()])
+            if parts:
+                one, two, difference = (pooled([part[i] for part in parts]) for i in range(3))
+                highest = f"{max(p[3] for p in parts):.3g}, {max(p[4] for p in parts):.3g}"
+                table.append([name, f"`{key}`", str(one), str(two), str(difference), highest])
+    note = "Differences are paired, since both arms see the same batches." if paired else (
+        "The two runs differ in length, so their windows hold other batches and nothing is paired.")
+    return Section("Training", [
+        Table(["steps", "metric", a, b, "difference", "highest"], table),
+        f"Means over log lines. {note} Gradient norms are those of each arm's own loss, before clipping."])
+
+
+def verdict_section(distances: dict[str, Measured], traces: dict[str, Measured]) -> Section:
+    """A row per measure; and the trace's registered criterion, which only both traces together can meet."""
+    rows = [[f"**{verdict(change, criterion)}**", name, percent(change), f">= {criterion:.0%} lower"]
+            for changes, criterion in ((distances, DISTANCE_CRITERION), (traces, TRACE_CRITERION))
+            for name, change in changes.items()]
+    both = {verdict(change, TRACE_CRITERION) for change in traces.values()} or {"missing"}
+    rows.append([f"**{both.pop() if len(both) == 1 else 'neutral'}**", "curvature: both traces alike", "",
+                 f">= {TRACE_CRITERION:.0%} lower"])
+    if not distances:
+        rows.insert(0, ["**missing**", "final distance", "", f">= {DISTANCE_CRITERION:.0%} lower"])
+    return Section("Verdict", [
+        Table(["verdict", "measure", "change", "better means"], rows),
+        f"Registered before the runs. Neutral: within {NOISE:g} standard errors, or beyond but below the criterion."])
+
+
+def compare(pairs: list[tuple[Run, Run]], factor: list[str], force: bool) -> list[Section]:
+    """All sections, the verdict first. Raises RunError where the two arms may not be compared."""
+    notes = [note for a, b in pairs for note in check_comparable(a, b, factor, force)]
+    distance, distance_changes = distance_section(pairs)
+    trace, trace_changes = trace_section(pairs)
+    return [verdict_section(distance_changes, trace_changes), config_section(pairs, notes), compute_section(pairs),
+            distance, trace, training_section(pairs)]
+
+
+# ---- Markdown and HTML ----
+
+def to_markdown(title: str, sections: list[Section], figures: dict[str, Path]) -> str:
+    def table(t):
+        return "\n".join("| " + " | ".join(row) + " |" for row in [t.header, ["---"] * len(t.header), *t.rows])
+
+    blocks = [f"# {title}"]
+    for section in sections:
+        blocks += [f"## {section.title}", *(table(p) if isinstance(p, Table) else p for p in section.parts)]
+    blocks += [f"![{kind}]({path.name})" for kind, path in figures.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem; margin: 0 auto;
+       padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+th { border-bottom: 2px solid #888; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+.better { color: #00664b; } .worse { color: #a33c00; } code { font-size: .95em; }
+"""
+
+
+def to_html(title: str, sections: list[Section], figures: dict[str, Path]) -> str:
+    """One page that needs no other file and no network."""
+    def inline(text):
+        text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+        return re.sub(r"\*\*(\w+)\*\*", r'<strong class="\1">\1</strong>', text)
+
+    def table(t):
+        rows = "".join(f"<tr>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>\n" for row in t.rows)
+        head = "".join(f"<th>{inline(cell)}</th>" for cell in t.header)
+        return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+
+    body = [f"<h1>{inline(title)}</h1>"]
+    for section in sections:
+        body += [f"<h2>{inline(section.title)}</h2>",
+                 *(table(p) if isinstance(p, Table) else f"<p>{inline(p)}</p>" for p in section.parts)]
+    body += ["<h2>Figures</h2>"] if figures else []
+    for kind, path in figures.items():
+        data = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
+        body.append(f'<figure><img alt="{kind.replace("_", " ")}" src="data:image/svg+xml;base64,{data}"></figure>')
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
+            f'content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body>\n{chr(10).join(body)}\n</body></html>\n")
+
+
+def draw_figures(exps: list[str], root: Path, out: Path) -> dict[str, Path]:
+    """Have plots.py draw every kind that these runs allow, into out; kind -> png. What it leaves out it says."""
+    kinds = [arg for kind in KINDS for arg in ("--kind", kind)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "plots.py", *kinds, "--exps", *exps, "--runs", root, "--out", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode not in (0, 2):
+            raise RunError(f"plots.py failed: {done.stderr.strip().splitlines()[-1]}")
+        print(done.stderr, end="", file=sys.stderr)
+        figures = {}
+        for kind in KINDS:
+            for suffix in (".png", ".svg"):
+                drawn = Path(folder) / f"{kind}_{'_'.join(exps)}{suffix}"
+                if drawn.exists():
+                    replace_file(out / drawn.name, drawn.read_bytes())
+                    figures[kind] = out / drawn.with_suffix(".png").name
+    return figures
+
+
+# ---- the pages of docs/experiments ----
+
+MARKS = "<!-- generated: python report.py --pages -->", "<!-- end -->"
+
+
+def generated_block(exp: str) -> str:
+    """What a page repeats of experiments.toml: the question, what this experiment changes, and its command."""
+    config, base = load_config(exp), flatten(load_config(list_experiments()[0]))
+    rows = [f"| `{key}` | {json.dumps(base[key])} | {json.dumps(value)} |" for key, value in flatten(config).items()
+            if value != base[key] and key not in ("exp", "title", "question")]
+    first = list_experiments()[0]
+    changes = "\n".join([f"| key | {first} | {exp} |", "|---|---|---|", *rows]) if rows else (
+        "All keys are as in `[defaults]` of [experiments.toml](../../experiments.toml).")
+    return "\n\n".join([MARKS[0], f"**Question.** {config.question}", changes, f"    python train.py --exp {exp}",
+                        MARKS[1]])
+
+
+def update_page(text: str, exp: str) -> str:
+    """The page with its title and generated block as experiments.toml has them now. Raises RunError."""
+    pattern = re.compile(rf"\A# .*?{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+    if not pattern.match(text):
+        raise RunError(f"docs/experiments/{exp}.md: must begin with a title and the lines {MARKS[0]} and {MARKS[1]}")
+    block = f"# {exp}: {load_config(exp).title}\n\n{generated_block(exp)}"
+    return pattern.sub(lambda _: block, text, count=1)
+
+
+def update_pages() -> None:
+    """Rewrite what changed of docs/experiments/EXP.md, for every experiment but smoke."""
+    for exp in list_experiments():
+        path = PAGES / f"{exp}.md"
+        if exp != "smoke":
+            if not path.exists():
+                raise RunError(f"{path}: missing; write it (hypothesis, metrics, success criteria) before the run")
+            text = path.read_text(encoding="utf-8")
+            if update_page(text, exp) != text:
+                replace_file(path, update_page(text, exp).encode())
+                print(path)
+
+
+# ---- the command ----
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # an error is one line
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a comparison, or two experiments: baseline and arm")
+    parser.add_argument("--pages", action="store_true", help="update docs/experiments/E*.md; takes no names")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs: RUNS/EXP/seedSEED")
+    parser.add_argument("--out", type=Path, help="folder to write to; RUNS/reports/NAME by default")
+    parser.add_argument("--factor", action="append", default=[], metavar="KEY",
+                        help="the config key in which the two differ; loss.weighting and loss.gamma by default")
+    parser.add_argument("--force", action="store_true", help="compare even what differs in more than the factor")
+    args = parser.parse_args(argv)
+    if args.pages == bool(args.names) or len(args.names) > 2:
+        parser.error("give a comparison, or two experiments, or --pages")
+    return args
+
+
+def resolve(args: argparse.Namespace) -> tuple[str, str, list[str], list[str]]:
+    """(name, title, [baseline, arm], factor) of the comparison that was asked for. Raises RunError."""
+    tables = load_tables("comparisons", {"title": str, "runs": list, "factor": list})
+    if len(args.names) == 1:
+        if args.names[0] not in tables:
+            raise RunError(f"unknown comparison {args.names[0]!r}; there are {', '.join(tables)}; or give two ids")
+        found = args.names[0]
+    else:
+        for exp in args.names:
+            if exp not in list_experiments():
+                raise RunError(f"unknown experiment {exp!r}; there are {', '.join(list_experiments())}")
+        found = next((name for name, table in tables.items() if table["runs"] == args.names), None)
+    if found is None:
+        return "_".join(args.names), " against ".join(reversed(args.names)), args.names, (
+            args.factor or ["loss.weighting", "loss.gamma"])
+    table = tables[found]
+    return found, f"{table['title']} ({', '.join(table['runs'])})", table["runs"], args.factor or table["factor"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.pages:
+        update_pages()
+        return 0
+    name, title, exps, factor = resolve(args)
+    sections = compare(pairs_of(args.runs, exps), factor, args.force)
+    out = args.out or args.runs / "reports" / name
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw_figures(exps, args.runs, out)
+    render: dict[str, Callable] = {".md": to_markdown, ".html": to_html}
+    for suffix, to_text in render.items():
+        replace_file(out / f"{name}{suffix}", to_text(title, sections, figures).encode())
+    print(to_markdown(title, sections, {}))
+    print(*(out / f"{name}{suffix}" for suffix in render))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
