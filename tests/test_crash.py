@@ -82,7 +82,7 @@ else:
 def test_kill_anywhere(server, tmp_path, request):
     """Killed at random moments and inside checkpoint writes, again and again: the same run, to the last byte."""
     kills = 1000 if request.config.getoption("--campaign") else 24
-    overrides = [*EVERYTHING, f"train.total_steps={10 * kills}"]
+    overrides = [*EVERYTHING, f"train.total_steps={15 * kills}"]  # more than they let pass
     whole = server.start("train.py", *flags(tmp_path / "whole", *overrides), cwd=tmp_path).wait(10 * kills)
     assert whole.status == 0, whole.err
     run_dir, killed, fates, rng = tmp_path / "killed" / "smoke" / "seed1077", 0, [], random.Random(0)
@@ -92,8 +92,11 @@ def test_kill_anywhere(server, tmp_path, request):
         stage = stages[killed // 3 % len(stages)] if killed % 3 == 2 else None
         child = server.start("train.py", *flags(tmp_path / "killed", *overrides), *resume, cwd=tmp_path,
                              before=DIES_AT.get(stage, ""))
-        if stage is None:
-            time.sleep(rng.uniform(0.2, 1.2))
+        if stage is None:  # after up to seven new log lines, of about 420 bytes, and then at any moment
+            log, lines = run_dir / "loss.jsonl", rng.randrange(8)
+            reached = (log.stat().st_size if log.exists() else 0) + 420 * lines
+            wait_for(lambda: not lines or (log.exists() and log.stat().st_size >= reached), child)  # noqa: B023
+            time.sleep(rng.uniform(0, 0.05 if lines else 0.6))
             child.kill()
         done = child.wait()
         assert done.status in (-signal.SIGKILL, 0), done.err
@@ -105,7 +108,7 @@ def test_kill_anywhere(server, tmp_path, request):
     assert killed == kills, f"finished after {killed} kills; make it longer"
     assert killed < 12 or set(fates) == {"any", *DIES_AT}
     step = load_checkpoint(run_dir / "checkpoints")["step"]
-    print(f"{killed} kills, at step {step} of {10 * kills} after the last")
+    print(f"{killed} kills, at step {step} of {15 * kills} after the last")
     done = server.start("train.py", *flags(tmp_path / "killed", *overrides), "--resume", cwd=tmp_path).wait(10 * kills)
     assert done.status == 0, done.err
     whole, survived = contents(tmp_path / "whole" / "smoke" / "seed1077"), contents(run_dir)
