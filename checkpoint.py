@@ -117,10 +117,15 @@ def load_checkpoint(folder: Path, device="cpu", warn: Callable[[str], None] = pr
 
 
 def append_jsonl(path: Path, record: dict) -> None:
-    """Append one line and flush it to disk. NaN and infinity are no JSON: ValueError."""
+    """Append one line and flush it to disk, in place of what a crash or a full disk has left of another.
+
+    NaN and infinity are no JSON: ValueError.
+    """
     line = json.dumps(record, allow_nan=False) + "\n"
-    with _naming(path), open(path, "a", encoding="utf-8") as file:
-        file.write(line)
+    with _naming(path), open(path, "ab+") as file:
+        if file.tell() and path.read_bytes()[-1:] != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -128,7 +133,7 @@ def append_jsonl(path: Path, record: dict) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     """All whole lines; a last line cut off by a crash (no newline at its end) is left out. Missing file: [].
 
-    Raises CheckpointError for any other line that is no JSON object.
+    Raises CheckpointError for any other line that is no JSON object with a step.
     """
     if not path.exists():
         return []
@@ -139,8 +144,8 @@ def read_jsonl(path: Path) -> list[dict]:
             record = json.loads(line)
         except ValueError:  # JSON and UTF-8 errors alike
             record = None
-        if not isinstance(record, dict):
-            raise CheckpointError(f"{path}: line {number} is not a JSON object; mend or remove that line")
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise CheckpointError(f"{path}: line {number} is not a JSON object with a step; mend or remove that line")
         records.append(record)
     return records
 

@@ -166,6 +166,7 @@ def _leaves(cls: type = Config, prefix: str = "") -> dict[str, object]:
 
 
 LEAVES = _leaves()
+PATHS = ("data.root", "eval.stats_root", "eval.inception_weights")  # where files lie, which changes no result
 PER_EXPERIMENT = ("title", "question")              # each experiment's own: neither inherited nor overridden
 SETTABLE = [key for key in LEAVES if key not in ("exp", *PER_EXPERIMENT)]
 
@@ -273,8 +274,10 @@ def _read(path: str | Path) -> tuple[dict[str, dict], str]:
     return {name: tables.get(name, {}) for name in TABLES}, path.name
 
 
-def load_tables(name: str, keys: dict[str, type], path: str | Path = EXPERIMENTS) -> dict[str, dict]:
-    """The tables [name.*], "figures" or "comparisons", whose keys are of these types. Raises ConfigError."""
+def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
+    """The tables [figures.*] or [comparisons.*]. Raises ConfigError."""
+    keys = {"figures": {"kind": str, "runs": list, "until": int},
+            "comparisons": {"title": str, "runs": list, "factor": list}}[name]
     tables, file = _read(path)
     for inner, table in tables[name].items():
         for key, value in table.items():

@@ -32,7 +32,16 @@ from config import MAX_SAMPLES, Config, ConfigError, config_from_dict, one_line
 from curvature import quadratic_forms, rademacher, summarise
 from data import DataError, load_images, to_model_range, to_uint8
 from diffusion import BETAS, Diffusion, ddim_sample, ddpm_sample, spaced_timesteps
-from fid import Estimate, FeatureError, FeatureStats, extract, feature_network, frechet_estimate, kid_estimate
+from fid import (
+    Estimate,
+    FeatureError,
+    FeatureStats,
+    extract,
+    feature_network,
+    frechet_estimate,
+    kid_estimate,
+    load_npz,
+)
 from model import UNet
 from rng import generator
 from weighting import loss_weights
@@ -65,6 +74,18 @@ def build(config: Config, device) -> tuple[UNet, Diffusion]:
     return model, Diffusion(betas.to(device))
 
 
+def another_version(run_dir: Path, error: Exception) -> RunError:
+    """The error for a checkpoint that is whole and yet not what this code writes."""
+    return RunError(f"{run_dir}: its checkpoint is of another version of this code ({type(error).__name__})")
+
+
+def saved_config(saved: dict, run_dir: Path) -> Config:
+    """The config that a checkpoint holds. Raises RunError, ConfigError."""
+    if not isinstance(saved.get("config"), dict):
+        raise RunError(f"{run_dir}: its checkpoint holds no config: not one of this code")
+    return config_from_dict(saved["config"], str(run_dir))
+
+
 def load_run(run_dir: Path, device) -> tuple[Config, int, UNet, UNet, Diffusion]:
     """(config, step, raw model, EMA model, diffusion) of a run's newest checkpoint, both models in eval mode.
 
@@ -73,15 +94,14 @@ def load_run(run_dir: Path, device) -> tuple[Config, int, UNet, UNet, Diffusion]
     if not (run_dir / "checkpoints").is_dir():
         raise RunError(f"{run_dir}: not a run directory with checkpoints; give one such as runs/smoke/seed1077")
     state = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
-    config = config_from_dict(state["config"], str(run_dir))
+    config = saved_config(state, run_dir)
     model, diffusion = build(config, device)
     ema = copy.deepcopy(model)
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
     except (KeyError, RuntimeError) as error:
-        raise RunError(f"{run_dir}: its checkpoint is of another version of this code ({type(error).__name__})"
-                       ) from error
+        raise another_version(run_dir, error) from error
     return config, state["step"], model.eval(), ema.eval(), diffusion
 
 
@@ -324,12 +344,14 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
         for path in paths:
             if not path.exists():
                 raise RunError(f"{path}: missing, so the error of the difference cannot be told")
-        with np.load(paths[0]) as file_a, np.load(paths[1]) as file_b:
-            record = {"step": b["step"], "step_a": a["step"]}
-            record |= {key: a[key] for key in ("kind", "sampler", "nfe", "n", "features", "reference")}
-            for name in metric_names(a["features"]):
-                pull = file_b[name].astype(np.float64) - file_a[name]
-                record |= {name: b[name] - a[name], f"{name}_stderr": float(pull.std(ddof=1) / len(pull)**0.5)}
+        influence_a, influence_b = (load_npz(path) for path in paths)
+        record = {"step": b["step"], "step_a": a["step"]}
+        record |= {key: a[key] for key in ("kind", "sampler", "nfe", "n", "features", "reference")}
+        for name in metric_names(a["features"]):
+            if not len(influence_a.get(name, ())) == len(influence_b.get(name, ())) == a["n"]:
+                raise RunError(f"{paths[0]} and {paths[1]}: do not hold the {a['n']} samples of {name} each")
+            pull = influence_b[name].astype(np.float64) - influence_a[name]
+            record |= {name: b[name] - a[name], f"{name}_stderr": float(pull.std(ddof=1) / len(pull)**0.5)}
         differences.append(record)
     if not differences:
         raise RunError(f"{run_a} and {run_b} have no distance in common")
@@ -347,11 +369,20 @@ class Run:
 
     def log(self, name: str) -> list[dict]:
         """The lines of NAME.jsonl. Raises RunError where there are none."""
-        if name not in self._logs:
-            self._logs[name] = read_jsonl(self.path / f"{name}.jsonl")
-        if not self._logs[name]:
+        if not self.has(name):
             raise RunError(f"{self.path}: no line in {name}.jsonl yet")
         return self._logs[name]
+
+    def has(self, name: str) -> bool:
+        """Whether NAME.jsonl has a line."""
+        if name not in self._logs:
+            self._logs[name] = read_jsonl(self.path / f"{name}.jsonl")
+        return bool(self._logs[name])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has reached its last step and measured all that was due: timing.jsonl's last line comes last."""
+        return self.has("timing") and self.log("timing")[-1]["step"] == self.config.train.total_steps
 
     @cached_property
     def _logs(self) -> dict[str, list[dict]]:
@@ -364,6 +395,8 @@ class Run:
 
 def find_runs(root: Path, exp: str) -> list[Run]:
     """The runs of an experiment below root, by seed; none where it was not run. Raises RunError, ConfigError."""
+    if not root.is_dir():
+        raise RunError(f"{root}: no such folder of runs; give --runs DIR, where DIR/{exp}/seedSEED are run directories")
     return sorted((Run(path.parent) for path in (root / exp).glob("seed*/config.json")), key=lambda run: run.seed)
 
 
@@ -446,7 +479,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--against", type=Path, metavar="RUN_DIR", help="another run of the same seed")
     what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
     parser.add_argument("--features", choices=["inception", "lite0"], help="the run's by default, else inception")
-    parser.add_argument("--weights", default="", help="Inception weights; the run's by default")
+    parser.add_argument("--weights", help="Inception weights; the run's by default")
     parser.add_argument("--sampler", choices=["ddpm", "ddim"], help="the run's milestone sampler by default")
     parser.add_argument("--samplers", type=samplers, metavar="S,S", help="of --frontier; ddim,ddpm by default")
     parser.add_argument("--nfe", type=int, help="the run's by default")
@@ -462,7 +495,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
              "--sampler": args.distance, "--nfe": args.distance, "--samplers": args.frontier,
              "--data-root": not args.against}
     for option, read in reads.items():
-        if getattr(args, option[2:].replace("-", "_")) and not read:
+        if getattr(args, option[2:].replace("-", "_")) is not None and not read:
             parser.error(f"{option} has no effect here; it goes with --distance, --frontier or --stats")
     return args
 

@@ -9,18 +9,19 @@ A function takes runs (of one or several seeds) and returns a Figure with its ca
 
 import argparse
 import re
-import sys
 import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from config import load_tables
+from checkpoint import CheckpointError
+from config import ConfigError, list_experiments, load_tables
 from diffusion import BETAS, Diffusion
 from evaluate import Run, RunError, find_runs, metric_names, run_script
 from weighting import loss_weights
@@ -74,7 +75,7 @@ def line(ax, run: Run, look: dict, x, y, **more):
 
 def subplots(*args, figsize: tuple[float, float], **kwargs):
     """As pyplot's, without its global list of open figures and its windows."""
-    fig = Figure(figsize=figsize, layout="constrained")
+    fig = Figure(figsize=figsize, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06))
     return fig, fig.subplots(*args, **kwargs)
 
 
@@ -178,8 +179,13 @@ def distance_key(runs: list[Run]) -> tuple[str, str]:
     features = {run.config.eval.features for run in runs}
     if len(features) > 1 or "none" in features:
         raise RunError(f"features are {', '.join(sorted(features))}: no distance that all of these runs have measured")
-    key = metric_names(*features)[0]
-    return key, "FID" if key == "val/fid" else f"Fréchet distance ({features.pop()})"
+    return distance_name(features.pop())
+
+
+def distance_name(features: str) -> tuple[str, str]:
+    """The Frechet distance of these features as a metric, and as an axis names it."""
+    key = metric_names(features)[0]
+    return key, "FID" if key == "val/fid" else f"Fréchet distance ({features})"
 
 
 def setting(records: list[dict]) -> str:
@@ -286,16 +292,23 @@ def last_profiles(runs: list[Run]) -> list[dict]:
     common = set.intersection(*({r["step"] for r in run.log("per_t")} for run in runs))
     if not common:
         raise RunError(f"{', '.join(run.exp for run in runs)}: no step at which all have a per-t profile")
-    return [next(r for r in run.log("per_t") if r["step"] == max(common)) for run in runs]
+    profiles = [next(r for r in run.log("per_t") if r["step"] == max(common)) for run in runs]
+    if any((r["t"], r["n"]) != (profiles[0]["t"], profiles[0]["n"]) for r in profiles):
+        raise RunError(f"{', '.join(run.exp for run in runs)}: profiles of other timesteps or numbers of images")
+    return profiles
 
 
 def per_t(runs: list[Run]) -> Figure:
-    """Held-out eps-MSE of each timestep, and its ratio to the first arm's."""
+    """Held-out eps-MSE of each timestep, and its ratio to the first arm's of the same seed."""
     fig, axes = subplots(2, 1, figsize=(6.5, 5.4), sharex=True, height_ratios=[3, 2])
     look, profiles = looks(runs), last_profiles(runs)
+    baseline = {run.seed: profile["eps_mse_ema"] for run, profile in zip(runs, profiles, strict=True)
+                if run.exp == runs[0].exp}
     for run, profile in zip(runs, profiles, strict=True):
+        if run.seed not in baseline:
+            raise RunError(f"{run.path}: no run of {runs[0].exp} with seed {run.seed} to compare it with")
         line(axes[0], run, look[run.exp], profile["t"], profile["eps_mse_ema"])
-        ratio = np.divide(profile["eps_mse_ema"], profiles[0]["eps_mse_ema"])
+        ratio = np.divide(profile["eps_mse_ema"], baseline[run.seed])
         line(axes[1], run, look[run.exp], profile["t"], ratio)
     axes[0].set(yscale="log", ylabel="held-out eps-MSE")
     log_axis(axes[0].yaxis)
@@ -363,8 +376,10 @@ def curvature_vs_distance(runs: list[Run]) -> Figure:
         line(ax, run, look[run.exp], x, y, markevery=1)
         ax.errorbar(x, y, column(points, f"{key}_stderr"), column(at, "curvature/hutch_trace_unweighted_stderr"),
                     fmt="none", ecolor=look[run.exp]["color"], alpha=0.5, capsize=2)
+        below = list(look).index(run.exp) % 2  # else the labels of two arms that are close cover each other
         for i in sorted({0, len(points) - 1}):
-            ax.annotate(f"{points[i]['step']:,}", (x[i], y[i]), textcoords="offset points", xytext=(6, 6), fontsize=7.5)
+            ax.annotate(f"{points[i]['step']:,}", (x[i], y[i]), textcoords="offset points", fontsize=7.5,
+                        xytext=(6, -12 if below else 6), color=look[run.exp]["color"])
         used += points
     ax.set(xlabel="Hessian trace of the unweighted loss", ylabel=name)
     ax.margins(0.15)
@@ -409,7 +424,7 @@ def snr_geometry(runs: list[Run]) -> Figure:
 
 def grids(runs: list[Run]) -> Figure:
     """The last grid of samples that all runs have drawn."""
-    names = set.intersection(*({p.name for p in (run.path / "grids").glob("step_*.png")} for run in runs))
+    names = set.intersection(*({p.name for p in (run.path / "grids").glob("step_*_*.png")} for run in runs))
     if not names:
         raise RunError(f"{', '.join(str(run.path) for run in runs)}: no grid of one step in all of them")
     name, several = max(names), len({run.seed for run in runs}) > 1
@@ -423,36 +438,47 @@ def grids(runs: list[Run]) -> Figure:
                        f"cell of each." + ("" if several else f" Seed {runs[0].seed}."))
 
 
+def frontier_points(runs: list[Run]) -> list[list[dict]]:
+    """Each run's frontier at its last step, in the features and at the largest n that all of them have."""
+    settings = []
+    for run in runs:
+        if not run.has("results") or not run.results("frontier"):
+            raise RunError(f"{run.path}: no frontier; measure it by evaluate.py {run.path} --frontier 10,20,50,100")
+        settings.append({(r["features"] == run.config.eval.features, r["n"], r["features"])
+                         for r in run.results("frontier")})
+    common = set.intersection(*settings)
+    if not common:
+        raise RunError(f"{', '.join(run.exp for run in runs)}: no frontier of one n and one features in all of them")
+    _, n, features = max(common)
+    points = [[r for r in run.results("frontier") if (r["n"], r["features"]) == (n, features)] for run in runs]
+    return [[r for r in own if r["step"] == max(column(own, "step"))] for own in points]
+
+
 def frontier(runs: list[Run]) -> Figure:
     """Distance against NFE, by sampler."""
     fig, ax = subplots(figsize=(6.5, 4))
-    (key, name), look, used, samplers = distance_key(runs), looks(runs), [], {}
-    for run in runs:
-        if not run.results("frontier"):
-            raise RunError(f"{run.path}: no frontier; measure it by evaluate.py {run.path} --frontier 10,20,50,100")
-        last = max(r["step"] for r in run.results("frontier"))
+    look, points, samplers = looks(runs), frontier_points(runs), {}
+    key, name = distance_name(points[0][0]["features"])
+    for run, own in zip(runs, points, strict=True):
         for sampler, dash in (("ddim", "-"), ("ddpm", "--")):
-            points = sorted((r for r in run.results("frontier") if r["step"] == last and r["sampler"] == sampler),
-                            key=lambda r: r["nfe"])
-            if points:
+            chosen = sorted((r for r in own if r["sampler"] == sampler), key=lambda r: r["nfe"])
+            if chosen:
                 samplers[sampler] = Line2D([], [], color="#777777", linestyle=dash, label=sampler.upper())
-                line(ax, run, look[run.exp], column(points, "nfe"), column(points, key), linestyle=dash, markevery=1)
-                ax.errorbar(column(points, "nfe"), column(points, key), column(points, f"{key}_stderr"), fmt="none",
+                line(ax, run, look[run.exp], column(chosen, "nfe"), column(chosen, key), linestyle=dash, markevery=1)
+                ax.errorbar(column(chosen, "nfe"), column(chosen, key), column(chosen, f"{key}_stderr"), fmt="none",
                             ecolor=look[run.exp]["color"], capsize=3)
-                used += points
-    if len({r["n"] for r in used}) > 1:
-        raise RunError(f"frontiers of different n: {sorted({r['n'] for r in used})}; measure them again at one --n")
+    used = [r for own in points for r in own]
     draw_context(ax, used)
     nfes = sorted({r["nfe"] for r in used})
     ax.set(xscale="log", xlabel="NFE (network calls per sample)", ylabel=name)
     ax.set_xticks(nfes, map(str, nfes))
     ax.minorticks_off()
-    handles = [Line2D([], [], color=look[run.exp]["color"], marker=look[run.exp]["marker"], label=label(run))
-               for run in runs]
-    fig.legend(handles=list({h.get_label(): h for h in [*handles, *samplers.values()]}.values()),
-               loc="outside upper center", ncols=2)
-    return finish(fig, f"EMA weights at step {used[0]['step']:,}, n = {used[0]['n']:,}, {used[0]['features']} "
-                       f"features; bars: one standard error. {seeds_note(runs)}")
+    handles = {run.exp: Line2D([], [], color=look[run.exp]["color"], marker=look[run.exp]["marker"], label=label(run))
+               for run in runs}
+    fig.legend(handles=[*handles.values(), *samplers.values()], loc="outside upper center", ncols=2)
+    steps = " and ".join(f"{step:,}" for step in sorted({r["step"] for r in used}))
+    return finish(fig, f"EMA weights at step {steps}, n = {used[0]['n']:,}, {used[0]['features']} features; bars: one "
+                       f"standard error. {seeds_note(runs)}")
 
 
 FORMULAS = {f.__name__: f for f in (weights_raw_and_normalised, weight_curves, snr_vs_t)}
@@ -467,6 +493,9 @@ def draw(kind: str, exps: list[str], root: Path, **options) -> Figure:
     """The figure of a kind from the runs of these experiments below root. Raises RunError where it cannot be drawn."""
     if kind in FORMULAS:
         return FORMULAS[kind]([])
+    for exp in exps:
+        if exp not in list_experiments():
+            raise RunError(f"unknown experiment {exp!r}; there are {', '.join(list_experiments())}")
     runs = {exp: find_runs(root, exp) for exp in exps}
     missing = [exp for exp in exps if not runs[exp]]
     if missing:
@@ -493,26 +522,27 @@ def parse_args(argv: list[str] | None, names: list[str]) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every figure whose runs are there; the others are listed")
     parser.add_argument("--kind", action="append", default=[], choices=[*FORMULAS, *FROM_RUNS], help="with --exps")
     parser.add_argument("--exps", nargs="+", default=[], metavar="EXP", help="whose runs --kind draws")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs: RUNS/EXP/seedSEED")
+    parser.add_argument("--runs", type=Path, help="folder of runs, RUNS/EXP/seedSEED; runs by default")
     parser.add_argument("--out", type=Path, help="folder to write to; RUNS/figures by default")
     args = parser.parse_args(argv)
     if [bool(args.names), args.all, bool(args.kind)].count(True) != 1:
         parser.error("give names of figures, or --all, or --kind with --exps")
-    if bool(args.exps) != bool(args.kind):
-        parser.error("--kind and --exps go together")
+    if args.runs is not None and not args.runs.is_dir():
+        parser.error(f"--runs {args.runs}: no such folder")
+    args.runs = args.runs or Path("runs")
+    if bool(args.exps) != any(kind in FROM_RUNS for kind in args.kind):
+        parser.error("--kind and --exps go together, but for the kinds that are drawn from formulas")
     unknown = [name for name in args.names if name not in names]
     if unknown:
         parser.error(f"unknown figure {unknown[0]!r}; there are {', '.join(names)}")
-    if args.runs.exists() and not args.runs.is_dir():
-        parser.error(f"--runs {args.runs}: not a folder")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    tables = load_tables("figures", {"kind": str, "runs": list, "until": int})
+    tables = load_tables("figures")
     args = parse_args(argv, list(tables))
     if args.kind:
-        todo = {f"{kind}_{'_'.join(args.exps)}": {"kind": kind, "runs": args.exps} for kind in args.kind}
+        todo = {"_".join([kind, *args.exps]): {"kind": kind, "runs": args.exps} for kind in args.kind}
     else:
         todo = {name: table for name, table in tables.items() if args.all or name in args.names}
     left_out = []
@@ -520,13 +550,14 @@ def main(argv: list[str] | None = None) -> int:
         options = {"until": table["until"]} if "until" in table else {}
         try:
             figure = draw(table["kind"], table.get("runs", []), args.runs, **options)
-        except RunError as error:
+        except (RunError, CheckpointError, ConfigError, OSError) as error:
             left_out.append(f"{name}: left out: {error}")
         else:
             print(*save(figure, args.out or args.runs / "figures", name))
-    for reason in left_out:
-        print(reason, file=sys.stdout if args.all else sys.stderr)
-    return 2 if left_out and not args.all else 0
+    if left_out and not args.all:
+        raise RunError("; ".join(left_out))
+    print(*left_out, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

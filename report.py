@@ -17,21 +17,21 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import replace_file
-from config import flatten, list_experiments, load_config, load_tables
+from config import PATHS, flatten, list_experiments, load_config, load_tables
 from evaluate import Run, RunError, build, find_runs, metric_names, paired_differences, read_json, run_script
 
 DISTANCE_CRITERION, TRACE_CRITERION = 0.07, 0.10  # pre-registered: the least relative change that counts
 NOISE = 2.0                                       # standard errors that a difference must exceed
 # Keys that may differ: they say where files lie, and when and what is measured, which changes no training.
-HARMLESS = ("data.root", "eval.stats_root", "eval.inception_weights", "eval.every", "eval.final_samplers", "log.every",
-            "train.checkpoint_every", "curvature.every", "grid.every", "grid.n", "grid.sampler", "grid.nfe")
+HARMLESS = (*PATHS, "eval.every", "eval.final_samplers", "train.checkpoint_every", "curvature.every", "grid.every",
+            "grid.n", "grid.sampler", "grid.nfe")
 KINDS = ("distance_and_loss_vs_steps", "curvature_vs_steps", "curvature_vs_distance", "per_t", "grad_norm", "frontier",
          "grids")                                 # of figures in a report, where they can be drawn
 ROOT = Path(__file__).parent
@@ -48,9 +48,23 @@ class Measured:
 
     def __str__(self) -> str:
         if self.stderr is None or not math.isfinite(self.stderr) or self.stderr == 0:
-            return f"{self.value:.4g}"
+            return f"{self.value:,.0f}" if abs(self.value) >= 1000 else f"{self.value:.4g}"
         digits = max(0, 1 - math.floor(math.log10(self.stderr)))  # two digits of the error
         return f"{self.value:,.{digits}f} ± {self.stderr:,.{digits}f}"
+
+
+def mean_of(values) -> Measured:
+    """Mean and standard error of independent values."""
+    values = np.asarray(values, dtype=float)
+    stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Measured(float(values.mean()), stderr)
+
+
+def ratio_of(two, one) -> Measured:
+    """mean(two) / mean(one) - 1 of paired values, with the error of both means (delta method)."""
+    one, two = np.asarray(one, dtype=float), np.asarray(two, dtype=float)
+    ratio = two.mean() / one.mean()
+    return Measured(float(ratio - 1), mean_of((two - ratio * one) / abs(one.mean())).stderr)
 
 
 def pooled(parts: list[Measured]) -> Measured:
@@ -59,14 +73,16 @@ def pooled(parts: list[Measured]) -> Measured:
     own = [part.stderr for part in parts if part.stderr is not None]
     errors = [math.hypot(*own) / k] if len(own) == k else []
     if k > 1:
-        errors.append(float(np.std(values, ddof=1)) / math.sqrt(k))
+        errors.append(mean_of(values).stderr)
     return Measured(float(np.mean(values)), max(errors, default=None))
 
 
-def relative(difference: Measured, baseline: float) -> Measured:
-    """difference / baseline, the baseline taken as exact."""
-    return Measured(difference.value / abs(baseline),
-                    None if difference.stderr is None else difference.stderr / abs(baseline))
+def over_seeds(parts: list[Measured]) -> str:
+    """One arm's figure: of one seed with its own error, of several as mean and standard deviation."""
+    if len(parts) == 1:
+        return str(parts[0])
+    values = [part.value for part in parts]
+    return str(Measured(float(np.mean(values)), float(np.std(values, ddof=1))))
 
 
 def verdict(change: Measured | None, criterion: float) -> str:
@@ -75,7 +91,7 @@ def verdict(change: Measured | None, criterion: float) -> str:
     Neutral is what lies within the noise (NOISE standard errors) and what lies beyond it but below the criterion. A
     change without an error has no verdict.
     """
-    if change is None or change.stderr is None or not math.isfinite(change.value):
+    if change is None or change.stderr is None or not (math.isfinite(change.value) and math.isfinite(change.stderr)):
         return "missing"
     if abs(change.value) <= NOISE * change.stderr or abs(change.value) < criterion:
         return "neutral"
@@ -110,11 +126,21 @@ def check_comparable(a: Run, b: Run, factor: list[str], force: bool) -> list[str
     for key in ("git_commit", "torch", "device", "threads"):
         if envs[0].get(key) != envs[1].get(key):
             notes.append(f"Seed {a.seed}: {key} is {envs[0].get(key)} for {a.exp} and {envs[1].get(key)} for {b.exp}.")
+    notes += [f"{run.exp}, seed {run.seed}, is not finished: no verdict." for run in (a, b) if not run.finished]
     return notes
 
 
-def pairs_of(root: Path, exps: list[str]) -> list[tuple[Run, Run]]:
-    """(baseline, arm) for each seed that both were run with. Raises RunError."""
+def check_seeds(pairs: list[tuple[Run, Run]]) -> None:
+    """Raise RunError unless the seeds of an arm were run with one config."""
+    for arm in zip(*pairs, strict=True):
+        for run in arm[1:]:
+            wrong = [key for key in differing(arm[0], run) if key not in ("seed", *HARMLESS)]
+            if wrong:
+                raise RunError(f"{arm[0].path} and {run.path} differ in {', '.join(wrong)}: seeds of one arm must not")
+
+
+def pairs_of(root: Path, exps: list[str]) -> tuple[list[tuple[Run, Run]], list[str]]:
+    """(baseline, arm) for each seed that both were run with, and notes on seeds of one alone. Raises RunError."""
     runs = [{run.seed: run for run in find_runs(root, exp)} for exp in exps]
     for exp, found in zip(exps, runs, strict=True):
         if not found:
@@ -122,7 +148,9 @@ def pairs_of(root: Path, exps: list[str]) -> list[tuple[Run, Run]]:
     seeds = sorted(runs[0].keys() & runs[1].keys())
     if not seeds:
         raise RunError(f"{exps[0]} has seeds {sorted(runs[0])}, {exps[1]} {sorted(runs[1])}: none that both have")
-    return [(runs[0][seed], runs[1][seed]) for seed in seeds]
+    notes = [f"Left out, as the other arm has no such run: {exp}, seed {seed}."
+             for exp, found in zip(exps, runs, strict=True) for seed in sorted(found) if seed not in seeds]
+    return [(runs[0][seed], runs[1][seed]) for seed in seeds], notes
 
 
 # ---- sections of a report: a heading, text, and tables of strings ----
@@ -143,7 +171,7 @@ def config_section(pairs: list[tuple[Run, Run]], notes: list[str]) -> Section:
     a, b = pairs[0]
     rows = [[f"`{key}`", json.dumps(one), json.dumps(two)] for key, (one, two) in differing(a, b).items()]
     seeds = ", ".join(str(run.seed) for run, _ in pairs)
-    return Section("What differs", [Table(["key", a.exp, b.exp], rows), f"Seeds: {seeds}. Everything else is equal.",
+    return Section("What differs", [Table(["key", a.exp, b.exp], rows), f"Everything else is equal. Seeds: {seeds}.",
                                     *notes])
 
 
@@ -157,14 +185,14 @@ def compute_section(pairs: list[tuple[Run, Run]]) -> Section:
         seconds = [sum(r.get("seconds/train", 0) for r in run.log("timing")) for run in runs]
         columns.append([f"{min(reached):,} of {config.train.total_steps:,}",
                         f"{min(reached) * config.train.batch_size:,}", f"{parameters:,}",
-                        str(pooled([Measured(s) for s in seconds]))])
-    names = ["steps logged", "images seen", "parameters", "seconds of training (mean over seeds)"]
+                        over_seeds([Measured(s) for s in seconds])])
+    names = ["steps logged", "images seen", "parameters", "seconds of training"]
     rows = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
     return Section("Compute", [Table(["", pairs[0][0].exp, pairs[0][1].exp], rows)])
 
 
 def distance_rows(pairs: list[tuple[Run, Run]]) -> dict[tuple, list[tuple[dict, dict, dict]]]:
-    """(kind, step, sampler, nfe, n) -> for each seed that has it: the two lines, and their paired difference."""
+    """(kind, step, sampler, nfe, n, features) -> per seed that has it: both lines, and their paired difference."""
     rows = {}
     for a, b in pairs:
         try:
@@ -177,41 +205,52 @@ def distance_rows(pairs: list[tuple[Run, Run]]) -> dict[tuple, list[tuple[dict, 
             alike = {key: d[key] for key in ("kind", "sampler", "nfe", "n", "features")}
             lines = [next(r for r in run.log("results") if (alike | {"step": step}).items() <= r.items())
                      for run, step in ((a, d["step_a"]), (b, d["step"]))]
-            point = (d["kind"], d["step"], d["sampler"], d["nfe"], d["n"])
+            point = (d["kind"], d["step"], d["sampler"], d["nfe"], d["n"], d["features"])
             rows.setdefault(point, []).append((*lines, d))
     return rows
 
 
-def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, dict[str, Measured]]:
-    """All distances with their paired differences; and the relative changes of the final ones, by name."""
-    rows, changes, contexts = distance_rows(pairs), {}, {}
+@dataclass(frozen=True)
+class Change:
+    """A relative change on which the verdict is passed. registered: whether it is measured as was registered."""
+    measure: str
+    change: Measured
+    criterion: float
+    registered: str
+
+
+def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change]]:
+    """All distances with their paired differences; and the changes of the final ones."""
+    rows, changes, contexts, table = distance_rows(pairs), [], {}, []
     a, b = (run.exp for run in pairs[0])
     if not rows:
-        return Section("Distance", ["Not measured in both arms."]), {}
-    keys = metric_names(pairs[0][0].config.eval.features)
-    table = []
+        return Section("Distance", ["Not measured in both arms."]), []
     order = ("milestone", "final", "frontier")
-    for (kind, step, sampler, nfe, n), seeds in sorted(rows.items(), key=lambda row: (order.index(row[0][0]), row[0])):
-        context = seeds[0][0]
-        floor, ceiling = context["floor"] or math.nan, context["ceiling"] or math.nan
-        contexts[n] = f"at n = {n:,} floor {floor:.4g}, ceiling {ceiling:.4g}"
-        for key in keys:
-            one, two = (pooled([Measured(s[i][key], s[i][f"{key}_stderr"]) for s in seeds]) for i in (0, 1))
-            difference = pooled([Measured(s[2][key], s[2][f"{key}_stderr"]) for s in seeds])
-            change = relative(difference, one.value)
-            table.append([kind, f"{step:,}", f"{sampler.upper()} {nfe}", f"{n:,}", key, str(one), str(two),
-                          str(difference), percent(change)])
+    for point, seeds in sorted(rows.items(), key=lambda row: (order.index(row[0][0]), row[0])):
+        kind, step, sampler, nfe, n, features = point
+        floor, ceiling = (seeds[0][0][key] or math.nan for key in ("floor", "ceiling"))
+        fd, kid = metric_names(features)
+        contexts[n, features] = f"{fd} at n = {n:,}: floor {floor:.4g}, ceiling {ceiling:.4g}"
+        for key in (fd, kid):
+            one, two, difference = ([Measured(s[i][key], s[i][f"{key}_stderr"]) for s in seeds] for i in range(3))
+            change = pooled([Measured(d.value / abs(base.value), d.stderr / abs(base.value))
+                             for d, base in zip(difference, one, strict=True)])
+            table.append([kind, f"{step:,}", f"{sampler.upper()} {nfe}", f"{n:,}", key, over_seeds(one),
+                          over_seeds(two), str(pooled(difference)), percent(change)])
             if kind == "final":
-                changes[f"{key}, {sampler.upper()} {nfe}, n = {n:,}"] = change
-    text = (f"Lower is better. Differences ({b} minus {a}) carry the error of their paired samples. Reference: "
-            f"{context['reference']}. {keys[0]} has {'; '.join(contexts.values())} (floor: training images, ceiling: "
-            "uniform noise); only figures of one n compare.")
-    best = [(run, min(run.results("milestone"), key=lambda r: r[keys[0]], default=None))
+                registered = "yes" if (key, nfe, n) == ("val/fid", 50, 10_000) else "no: FID, NFE 50, n = 10,000"
+                changes.append(Change(f"{key}, {sampler.upper()} {nfe}, n = {n:,}", change, DISTANCE_CRITERION,
+                                      registered))
+    context = (f"Lower is better; {b} minus {a}, with the error of their paired samples, relative to {a}. Reference: "
+               f"{seeds[0][0]['reference']}. Context: {'; '.join(contexts.values())} (floor: training images, ceiling: "
+               "uniform noise). Only figures of one n compare.")
+    fd = metric_names(pairs[0][0].config.eval.features)[0]
+    best = [(run, min((r for r in run.results("milestone") if fd in r), key=lambda r: r[fd], default=None))
             for pair in pairs for run in pair]
-    minima = [f"{run.exp}, seed {run.seed}: {r[keys[0]]:.4g} at step {r['step']:,}" for run, r in best if r]
+    minima = [f"{run.exp}, seed {run.seed}: {r[fd]:.4g} at step {r['step']:,}" for run, r in best if r]
     return Section("Distance", [
-        Table(["kind", "step", "sampler", "n", "metric", a, b, "difference", "relative"], table), text,
-        *([f"Best milestone ({keys[0]}, not the final figure): {'; '.join(minima)}."] if minima else [])]), changes
+        Table(["kind", "step", "sampler", "n", "metric", a, b, "difference", "relative"], table), context,
+        *([f"Best milestone ({fd}, not the final figure): {'; '.join(minima)}."] if minima else [])]), changes
 
 
 WINDOWS = ("first fifth", 0.0, 0.2), ("last fifth", 0.8, 1.0)
@@ -233,42 +272,36 @@ def in_window(pair: tuple[Run, Run], log: str, key: str, start: float, end: floa
     return [list(values.values()) for values in found]
 
 
-def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, dict[str, Measured]]:
-    """Both traces in windows of training; and the relative changes of the last window, by name.
+def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change]]:
+    """Both traces in windows of training; and the changes in the last window.
 
     Probe j is the same at every step and in both arms, so the error is that over probes of the paired, time-averaged
     difference: more steps do not shrink it.
     """
     a, b = (run.exp for run in pairs[0])
-    if not all((run.path / "curvature.jsonl").exists() for pair in pairs for run in pair):
-        return Section("Hessian trace", ["Not measured in both arms."]), {}
-    table, changes = [], {}
-    for name, start, end in WINDOWS:
+    pairs = [pair for pair in pairs if all(run.has("curvature") for run in pair)]
+    table, changes = [], []
+    for name, start, end in WINDOWS if pairs else ():
         for key, text in TRACES:
             parts = []
             for pair in pairs:
                 records = in_window(pair, "curvature", f"curvature/{key}_samples", start, end)
                 if all(records):
                     one, two = (np.mean(samples, axis=0) for samples in records)  # (num_probes,)
-                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), len(records[1])])
+                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), ratio_of(two, one), len(records[1])])
             if parts:
-                one, two, difference = (pooled([part[i] for part in parts]) for i in range(3))
-                change = relative(difference, one.value)
-                table.append([name, text, str(parts[0][3]), str(one), str(two), str(difference), percent(change)])
+                one, two, difference, change = ([part[i] for part in parts] for i in range(4))
+                table.append([name, text, str(parts[0][4]), over_seeds(one), over_seeds(two), str(pooled(difference)),
+                              percent(pooled(change))])
                 if name == "last fifth":
-                    changes[f"trace {text}"] = change
+                    changes.append(Change(f"trace {text}", pooled(change), TRACE_CRITERION, "yes"))
     if not table:
-        return Section("Hessian trace", ["Not measured at a common step."]), {}
+        return Section("Hessian trace", ["Not measured in both arms at a common step."]), []
     text = ("Errors are over probes, which are the same at every step and in both arms. A weight below 1 alone lowers "
-            "the trace of an arm's own loss: whether the loss is flatter is told by the unweighted one.")
+            "the trace of an arm's own loss: whether the loss is flatter is told by the unweighted one. Seeds: "
+            f"{', '.join(str(run.seed) for run, _ in pairs)}.")
     return Section("Hessian trace", [
         Table(["steps", "trace", "records", a, b, "difference", "relative"], table), text]), changes
-
-
-def mean_of(values) -> Measured:
-    values = np.asarray(values, dtype=float)
-    stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return Measured(float(values.mean()), stderr)
 
 
 def training_section(pairs: list[tuple[Run, Run]]) -> Section:
@@ -290,9 +323,9 @@ def training_section(pairs: list[tuple[Run, Run]]) -> Section:
                                               math.hypot(*(mean.stderr or math.nan for mean in means)))
                     parts.append([mean_of(one), mean_of(two), difference, one.max(), two.max()])
             if parts:
-                one, two, difference = (pooled([part[i] for part in parts]) for i in range(3))
+                one, two, difference = ([part[i] for part in parts] for i in range(3))
                 highest = f"{max(p[3] for p in parts):.3g}, {max(p[4] for p in parts):.3g}"
-                table.append([name, f"`{key}`", str(one), str(two), str(difference), highest])
+                table.append([name, f"`{key}`", over_seeds(one), over_seeds(two), str(pooled(difference)), highest])
     note = "Differences are paired, since both arms see the same batches." if paired else (
         "The two runs differ in length, so their windows hold other batches and nothing is paired.")
     return Section("Training", [
@@ -300,28 +333,39 @@ def training_section(pairs: list[tuple[Run, Run]]) -> Section:
         f"Means over log lines. {note} Gradient norms are those of each arm's own loss, before clipping."])
 
 
-def verdict_section(distances: dict[str, Measured], traces: dict[str, Measured]) -> Section:
+def verdict_section(pairs: list[tuple[Run, Run]], distances: list[Change], traces: list[Change]) -> Section:
     """A row per measure; and the trace's registered criterion, which only both traces together can meet."""
-    rows = [[f"**{verdict(change, criterion)}**", name, percent(change), f">= {criterion:.0%} lower"]
-            for changes, criterion in ((distances, DISTANCE_CRITERION), (traces, TRACE_CRITERION))
-            for name, change in changes.items()]
-    both = {verdict(change, TRACE_CRITERION) for change in traces.values()} or {"missing"}
-    rows.append([f"**{both.pop() if len(both) == 1 else 'neutral'}**", "curvature: both traces alike", "",
-                 f">= {TRACE_CRITERION:.0%} lower"])
+    finished = all(run.finished for pair in pairs for run in pair)
+
+    def passed(change: Change) -> str:
+        return verdict(change.change, change.criterion) if finished else "missing"
+
+    rows = [[f"**{passed(c)}**", c.measure, percent(c.change), f">= {c.criterion:.0%} lower", c.registered]
+            for c in (*distances, *traces)]
     if not distances:
-        rows.insert(0, ["**missing**", "final distance", "", f">= {DISTANCE_CRITERION:.0%} lower"])
-    return Section("Verdict", [
-        Table(["verdict", "measure", "change", "better means"], rows),
-        f"Registered before the runs. Neutral: within {NOISE:g} standard errors, or beyond but below the criterion."])
+        rows.append(["**missing**", "final distance", "", f">= {DISTANCE_CRITERION:.0%} lower", ""])
+    both = {passed(c) for c in traces} or {"missing"}
+    alike = "missing" if "missing" in both else both.pop() if len(both) == 1 else "neutral"
+    rows.append([f"**{alike}**", "curvature: both traces alike", "", f">= {TRACE_CRITERION:.0%} lower", "yes"])
+    seeds = [str(run.seed) for run, _ in pairs]
+    text = [f"Neutral: within {NOISE:g} standard errors, or beyond but below the criterion. The last column says "
+            "whether a measure is the one that was registered before the runs. ± is one standard error; of an arm over "
+            "several seeds, their standard deviation.",
+            f"This holds for seed{'s'[:len(seeds) - 1]} {', '.join(seeds)}" + (
+                ", and says nothing of others." if len(seeds) == 1 else ".")]
+    if pairs[0][0].config.eval.features == "lite0":
+        text.append("The distance is one of Lite0 features. It is not FID, for which the 7 % were registered.")
+    return Section("Verdict", [Table(["verdict", "measure", "change", "better means", "as registered"], rows), *text])
 
 
-def compare(pairs: list[tuple[Run, Run]], factor: list[str], force: bool) -> list[Section]:
+def compare(pairs: list[tuple[Run, Run]], factor: list[str], force: bool, notes: Sequence[str] = ()) -> list[Section]:
     """All sections, the verdict first. Raises RunError where the two arms may not be compared."""
-    notes = [note for a, b in pairs for note in check_comparable(a, b, factor, force)]
+    check_seeds(pairs)
+    notes = [*notes, *(note for a, b in pairs for note in check_comparable(a, b, factor, force))]
     distance, distance_changes = distance_section(pairs)
     trace, trace_changes = trace_section(pairs)
-    return [verdict_section(distance_changes, trace_changes), config_section(pairs, notes), compute_section(pairs),
-            distance, trace, training_section(pairs)]
+    return [verdict_section(pairs, distance_changes, trace_changes), config_section(pairs, notes),
+            compute_section(pairs), distance, trace, training_section(pairs)]
 
 
 # ---- Markdown and HTML ----
@@ -343,7 +387,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; m
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-th { border-bottom: 2px solid #888; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+th { border-bottom: 2px solid #888; }
+.few td, .few th { white-space: normal; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 .better { color: #00664b; } .worse { color: #a33c00; } code { font-size: .95em; }
 """
 
@@ -357,7 +402,8 @@ def to_html(title: str, sections: list[Section], figures: dict[str, Path]) -> st
     def table(t):
         rows = "".join(f"<tr>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>\n" for row in t.rows)
         head = "".join(f"<th>{inline(cell)}</th>" for cell in t.header)
-        return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+        few = ' class="few"' if len(t.header) < 6 else ""  # may break its lines on a phone; longer ones scroll
+        return f'<div class="wide"><table{few}><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
 
     body = [f"<h1>{inline(title)}</h1>"]
     for section in sections:
@@ -437,7 +483,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                      usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("names", nargs="*", metavar="NAME", help="a comparison, or two experiments: baseline and arm")
     parser.add_argument("--pages", action="store_true", help="update docs/experiments/E*.md; takes no names")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs: RUNS/EXP/seedSEED")
+    parser.add_argument("--runs", type=Path, help="folder of runs, RUNS/EXP/seedSEED; runs by default")
     parser.add_argument("--out", type=Path, help="folder to write to; RUNS/reports/NAME by default")
     parser.add_argument("--factor", action="append", default=[], metavar="KEY",
                         help="the config key in which the two differ; loss.weighting and loss.gamma by default")
@@ -445,12 +491,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.pages == bool(args.names) or len(args.names) > 2:
         parser.error("give a comparison, or two experiments, or --pages")
+    if args.pages and (args.factor or args.force or args.out or args.runs):
+        parser.error("--pages takes no other option")
+    args.runs = args.runs or Path("runs")
     return args
 
 
 def resolve(args: argparse.Namespace) -> tuple[str, str, list[str], list[str]]:
     """(name, title, [baseline, arm], factor) of the comparison that was asked for. Raises RunError."""
-    tables = load_tables("comparisons", {"title": str, "runs": list, "factor": list})
+    tables = load_tables("comparisons")
     if len(args.names) == 1:
         if args.names[0] not in tables:
             raise RunError(f"unknown comparison {args.names[0]!r}; there are {', '.join(tables)}; or give two ids")
@@ -473,7 +522,11 @@ def main(argv: list[str] | None = None) -> int:
         update_pages()
         return 0
     name, title, exps, factor = resolve(args)
-    sections = compare(pairs_of(args.runs, exps), factor, args.force)
+    pairs, notes = pairs_of(args.runs, exps)
+    try:
+        sections = compare(pairs, factor, args.force, notes)
+    except KeyError as error:
+        raise RunError(f"a log of {' or '.join(exps)} lacks {error}: of another version of this code") from error
     out = args.out or args.runs / "reports" / name
     out.mkdir(parents=True, exist_ok=True)
     figures = draw_figures(exps, args.runs, out)

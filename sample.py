@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, ok, reason in [("nfe", 1 <= args.nfe <= diffusion.T, f"must be from 1 to T = {diffusion.T}"),
                              ("n", 1 <= args.n <= MAX_SAMPLES, f"must be from 1 to {MAX_SAMPLES}"),
                              ("n", args.n <= 16 or not args.trajectory, "of --trajectory must be at most 16"),
+                             ("seed", args.seed is None or 0 <= args.seed < 2**63, "must be from 0 to 2^63 - 1"),
                              ("eta", 0 <= args.eta <= 1, "must be from 0 to 1"),
                              ("eta", args.eta == 0 or args.sampler == "ddim", "is DDIM's; ddpm has none")]:
         if not ok:

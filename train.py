@@ -41,15 +41,17 @@ from checkpoint import (
     replace_file,
     save_checkpoint,
 )
-from config import SETTABLE, Config, config_from_dict, flatten, list_experiments, load_config
+from config import PATHS, SETTABLE, Config, flatten, list_experiments, load_config
 from data import SHAPES_TRAIN, batch_indices, grid_png, load_images, to_model_range
 from diffusion import Diffusion
 from evaluate import (
     CHUNK,
     PROFILE_POINTS,
     Distances,
+    Run,
     RunError,
     add_device_option,
+    another_version,
     build,
     check_device,
     curvature_record,
@@ -59,13 +61,14 @@ from evaluate import (
     run_script,
     sample_images,
     save_influence,
+    saved_config,
 )
 from fid import InceptionV3, Lite0, extract, feature_network
 from model import UNet
 from rng import generator, seed_global
 from weighting import loss_weights
 
-MAY_CHANGE = ("train.total_steps", "data.root", "eval.stats_root", "eval.inception_weights")  # on resume
+MAY_CHANGE = ("train.total_steps", *PATHS)  # on resume
 LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing.jsonl")
 
 
@@ -122,11 +125,11 @@ def update_ema(ema: UNet, model: UNet, decay: float) -> None:
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or its gradient is NaN or infinite. `dump` is what one needs to look into it, ready for JSON."""
+    """Something is NaN or infinite at a step. `dump` is what one needs to look into it, ready for JSON."""
 
-    def __init__(self, dump: dict):
-        super().__init__(f"step {dump['step']}: loss {dump['loss']}, gradient norm {dump['grad_norm']}")
-        self.dump = dump
+    def __init__(self, what: str, step: int, **dump):
+        super().__init__(f"step {step}: {what}")
+        self.dump = {"step": step, "what": what, **dump}
 
 
 def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -160,10 +163,11 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
     elif math.isfinite(loss) and state.scaler.get_scale() > 1:  # fp16: the scaled gradient overflowed, no failure
         state.skipped += 1
     else:
-        raise NonFiniteError({"step": step + 1, "seed": seed, "batch_indices": indices.tolist(), "t": t.tolist(),
-                              "loss": _json_number(loss), "loss_per_example": [*map(_json_number, w[t] * eps_mse)],
-                              "eps_mse_per_example": [*map(_json_number, eps_mse)],
-                              "grad_norm": _json_number(grad_norm), "grad_norm_per_module": _grad_norms(state.model)})
+        raise NonFiniteError(f"loss {loss.item()}, gradient norm {grad_norm.item()}", step + 1, seed=seed,
+                             batch_indices=indices.tolist(), t=t.tolist(), loss=_json_number(loss),
+                             loss_per_example=[*map(_json_number, w[t] * eps_mse)],
+                             eps_mse_per_example=[*map(_json_number, eps_mse)], grad_norm=_json_number(grad_norm),
+                             grad_norm_per_module=_grad_norms(state.model))
     state.scaler.update()  # lowers the scale after a skipped step
 
     state.step += 1
@@ -252,11 +256,14 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. A checkpoint of step k is written
     after line k of loss.jsonl and before what is measured at step k, which changes nothing: measuring leaves out what
     is in the logs already, so a run that is stopped there goes on there. Raises Stopped, with a checkpoint of the
-    moment written; NonFiniteError, with failure.json written; OSError, as on a full disk.
+    moment written; NonFiniteError; OSError, as on a full disk.
     """
     state, diffusion = new_state(config, device)
     if saved is not None:
-        state.load_state_dict(saved)
+        try:
+            state.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise another_version(run_dir, error) from error
     images, total = images.to(device), config.train.total_steps
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
     seconds, timed_from, saved_at = Counter(), state.step, state.step
@@ -270,6 +277,8 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     def save():
         nonlocal saved_at
         if saved_at != state.step:
+            if not all(weight.isfinite().all() for weight in state.model.parameters()):
+                raise NonFiniteError("weights are not finite, after an update by a finite gradient", state.step)
             with timed("checkpoint"):
                 save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
             saved_at = state.step
@@ -285,6 +294,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                         log_timing(config, run_dir, state.step, state.step - timed_from, seconds)
                         timed_from = state.step
                 if state.step == total:
+                    (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt
                     return
                 stop.check()
 
@@ -300,9 +310,6 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                     save()
         except Stopped:
             save()
-            raise
-        except NonFiniteError as error:
-            replace_file(run_dir / "failure.json", json.dumps(error.dump, indent=2, allow_nan=False).encode())
             raise
 
 
@@ -320,6 +327,15 @@ def logged(path: Path, step: int) -> list[dict]:
     return [record for record in read_jsonl(path) if record["step"] == step]
 
 
+def append_measured(path: Path, record: dict) -> None:
+    """Append a line of measurements. Raises NonFiniteError for one that is NaN or infinite."""
+    bad = [key for key, value in record.items() if any(
+        isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value]))]
+    if bad:
+        raise NonFiniteError(f"measured for {path.name}, but not finite: {', '.join(bad)}", record["step"])
+    append_jsonl(path, record)
+
+
 def measure(config: Config, state: State, diffusion: Diffusion, images: Tensor, held_out: Tensor,
             distances: Distances | None, run_dir: Path, timed) -> None:
     """Measure and draw what is due at state.step and not yet in the run directory. timed: as in train()."""
@@ -327,7 +343,7 @@ def measure(config: Config, state: State, diffusion: Diffusion, images: Tensor, 
     if config.curvature.every and step % config.curvature.every == 0 and not logged(run_dir / "curvature.jsonl", step):
         with timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
             record = curvature_record(config, step, state.model, diffusion, images)
-            append_jsonl(run_dir / "curvature.jsonl", record)
+            append_measured(run_dir / "curvature.jsonl", record)
     if step % config.eval.every == 0 or last:
         with timed("evaluate"):
             evaluate_step(config, state, diffusion, held_out, distances, run_dir)
@@ -346,7 +362,7 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
     profiles = logged(run_dir / "per_t.jsonl", step)
     if not profiles:
         profiles = [profile_record(step, state.model, state.ema, diffusion, held_out)]
-        append_jsonl(run_dir / "per_t.jsonl", profiles[0])
+        append_measured(run_dir / "per_t.jsonl", profiles[0])
     means = {f"val/{key}": sum(profiles[0][key]) / len(profiles[0][key]) for key in ("eps_mse_raw", "eps_mse_ema")}
     due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     if step == config.train.total_steps:
@@ -355,7 +371,7 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
     if distances is None:
         for kind in dict.fromkeys(kind for kind, _, _ in due):
             if (kind, None) not in done:
-                append_jsonl(run_dir / "results.jsonl", {"step": step, "kind": kind, **means})
+                append_measured(run_dir / "results.jsonl", {"step": step, "kind": kind, **means})
         return
 
     due = [(kind, sampler, n) for kind, sampler, n in due if (kind, sampler) not in done]
@@ -374,7 +390,7 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
             best = min(milestones, key=lambda r: r[name])
             record |= {f"{name}_min": best[name], f"{name}_min_step": best["step"]}
         save_influence(run_dir, record, estimates)
-        append_jsonl(run_dir / "results.jsonl", record)
+        append_measured(run_dir / "results.jsonl", record)
 
 
 def draw_grid(config: Config, state: State, diffusion: Diffusion, run_dir: Path) -> None:
@@ -418,20 +434,21 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
         raise RunError(f"{run_dir}: not a run directory (no config.json), so --overwrite leaves it alone")
     if not is_run:
         raise RunError(f"{run_dir}: exists and is not a run directory (no config.json); give another --out")
-    total = read_json(run_dir / "config.json")["train"]["total_steps"]
-    if logged(run_dir / "timing.jsonl", total):  # the last thing that a run writes
-        raise RunError(f"{run_dir}: a finished run of {total} steps; --overwrite deletes it, --out DIR goes elsewhere")
+    run = Run(run_dir)
+    if run.finished:
+        raise RunError(f"{run_dir}: a finished run of {run.config.train.total_steps} steps; --overwrite deletes it, "
+                       "--out DIR goes elsewhere")
     raise RunError(f"{run_dir}: an unfinished run; --resume goes on with it, --overwrite deletes it, --out DIR goes "
                    "elsewhere")
 
 
 def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | None:
     """The checkpoint to go on from, or None where the run was stopped before its first. Raises RunError."""
-    if not any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS)):
-        print(f"{run_dir}: stopped before its first checkpoint; starting from step 0")
-        return None
-    saved = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
-    old, new = flatten(config_from_dict(saved["config"], str(run_dir))), flatten(config)
+    saved, started = None, Run(run_dir).config
+    if any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS)):
+        saved = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
+        started = saved_config(saved, run_dir)
+    old, new = flatten(started), flatten(config)
     for key in ("exp", *SETTABLE):
         if old[key] != new[key] and key not in MAY_CHANGE:
             raise RunError(f"{run_dir}: its checkpoint has {key} = {json.dumps(old[key])}, this command "
@@ -440,6 +457,12 @@ def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | Non
         raise RunError(f"{run_dir}: was started with train.total_steps = {old['train.total_steps']}; it may grow on "
                        f"resume, not shrink to {new['train.total_steps']}")
     reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
+    if saved is None:
+        if reached > min(started.train.checkpoint_every, started.eval.every, started.train.total_steps):
+            raise RunError(f"{run_dir}: its logs reach step {reached}, but its checkpoints are gone; put them back, or "
+                           "--overwrite the run")
+        print(f"{run_dir}: stopped before its first checkpoint; starting from step 0")
+        return None
     again = f"; steps {saved['step'] + 1} to {reached} are repeated" if reached > saved["step"] else ""
     print(f"{run_dir}: going on from step {saved['step']}{again}")
     return saved
@@ -452,8 +475,10 @@ def rewind_logs(config: Config, run_dir: Path, step: int) -> None:
         every = config.eval.every if name in ("results.jsonl", "per_t.jsonl") else 1
 
         def keep(record, every=every):
+            if record.get("kind") == "frontier":  # not training's: it would not measure it again
+                return True
             due = record["step"] % every == 0 and record.get("kind") != "final"
-            return record["step"] <= step and (due or record["step"] == total or record.get("kind") == "frontier")
+            return record["step"] <= step and (due or record["step"] == total)
 
         filter_jsonl(run_dir / name, keep)
     due = range(config.log.every, step + 1, config.log.every)
@@ -590,8 +615,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: stopped by {signal.Signals(stopped.signal).name}; {go_on}", file=sys.stderr)
             return 128 + stopped.signal
         except NonFiniteError as error:
-            print(f"train.py: {error}; neither model nor EMA has taken this step; see {run_dir / 'failure.json'}. A "
-                  "resume repeats it: every step is a function of seed and step", file=sys.stderr)
+            replace_file(run_dir / "failure.json", json.dumps(error.dump, indent=2, allow_nan=False).encode())
+            print(f"train.py: {error}; see {run_dir / 'failure.json'}. The last checkpoint is untouched. A resume "
+                  "repeats it: every step is a function of seed and step", file=sys.stderr)
             return 1
         except OSError as error:
             raise RunError(f"{error}; the last checkpoint is untouched: mend this, then {go_on}") from error

@@ -76,6 +76,14 @@ def test_jsonl(tmp_path):
     filter_jsonl(path, lambda record: record["step"] <= 2)
     append_jsonl(path, {"step": 3, "x": 0.1})
     assert path.read_bytes() == whole  # rewriting is byte-exact
+    for cut in range(1, len(whole) // 3):  # what is appended takes the place of a cut line
+        path.write_bytes(whole[:-cut])
+        append_jsonl(path, {"step": 3, "x": 0.1})
+        assert path.read_bytes() == whole
+    path.write_bytes(b'{"st')
+    append_jsonl(path, {"step": 1, "x": 0.1})
+    assert path.read_bytes() == whole[:len(whole) // 3]
+    path.write_bytes(whole)
     with pytest.raises(ValueError):
         append_jsonl(path, {"x": float("nan")})
     assert path.read_bytes() == whole

@@ -34,6 +34,10 @@ def place(server, tmp_path_factory):
     for file in (place / "damaged" / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
     shutil.copytree(place / "runs" / "smoke" / "seed1077", place / "other_version")
+    (place / "no_config" / "smoke" / "seed1077").mkdir(parents=True)
+    (place / "no_config" / "smoke" / "seed1077" / "config.json").write_text('{"exp": "smoke"}')
+    shutil.copytree(place / "runs", place / "bad_log")
+    (place / "bad_log" / "smoke" / "seed1077" / "loss.jsonl").write_text('{"step": 1}\n{}\n')
     (place / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
     return place
 
@@ -98,7 +102,16 @@ REFUSED = [
     ("plots.py", "weight", "unknown figure 'weight'"),
     ("plots.py", "--kind pie --exps E5", "invalid choice: 'pie'"),
     ("plots.py", "--kind per_t", "--kind and --exps go together"),
-    ("plots.py", "--all --runs text", "--runs text: not a folder"),
+    ("plots.py", "--all --runs text", "--runs text: no such folder"),
+    ("plots.py", "--all --runs typo", "--runs typo: no such folder"),
+    ("plots.py", "--kind weights_raw_and_normalised --exps E5", "--kind and --exps go together"),
+    ("report.py", "--pages --force", "--pages takes no other option"),
+    ("report.py", "E5 E6 --runs typo", "typo: no such folder of runs"),
+    ("train.py", "--exp smoke --out no_config", "no_config/smoke/seed1077/config.json: title is missing"),
+    ("plots.py", "--kind grad_norm --exps smoke --runs bad_log", "line 2 is not a JSON object with a step"),
+    ("plots.py", "--kind grad_norm --exps smoke/ --runs runs", "unknown experiment 'smoke/'"),
+    ("sample.py", f"{RUN} --seed -1", "--seed -1: must be from 0"),
+    ("evaluate.py", f"{RUN} --nfe 0", "--nfe has no effect here"),
     ("plots.py", "weights --out text", "text"),
     ("report.py", "", "give a comparison, or two experiments, or --pages"),
     ("report.py", "E5 E6 E7", "give a comparison, or two experiments, or --pages"),

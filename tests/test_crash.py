@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY, same, small_run_flags, tiny_network
 
+import evaluate
 import train
 from checkpoint import CheckpointError, load_checkpoint, lock, read_jsonl, save_checkpoint
 from config import load_config
@@ -245,6 +246,63 @@ def test_a_log_line_that_is_no_json_is_an_error_with_its_number(run_train):
             run_train("E2", flags=["--resume"])
 
 
+def test_a_resume_without_checkpoints_loses_no_logs(run_train):
+    """Who deleted checkpoints/ to free space keeps the logs; only a run killed before its first one starts again."""
+    run_dir = run_train("E2")
+    for file in (run_dir / "checkpoints").iterdir():
+        file.unlink()
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="its logs reach step 12, but its checkpoints are gone"):
+        run_train("E2", flags=["--resume"])
+    with pytest.raises(RunError, match=r"train.lr = 0.0001, this command 0.5"):
+        run_train("E2", "train.lr=0.5", flags=["--resume"])
+    assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+
+
+def test_a_fall_back_keeps_the_frontier(run_train, monkeypatch, tmp_path):
+    """Training would not measure it again, and the steps are repeated bit for bit."""
+    monkeypatch.setattr("train.feature_network", tiny_network)
+    monkeypatch.setattr("evaluate.feature_network", tiny_network)
+    extra = ("eval.features=inception", "eval.n_samples=20", "eval.final_n_samples=20",
+             f"eval.stats_root='{tmp_path}/stats'")
+    run_dir = run_train("E2", *extra)
+    evaluate.main([str(run_dir), "--frontier", "2", "--n", "20", "--device", "cpu"])
+    before = sorted((run_dir / "results.jsonl").read_text().splitlines())
+    (run_dir / "checkpoints" / "last.pt").write_bytes(b"")
+    run_train("E2", *extra, flags=["--resume"])
+    assert sorted((run_dir / "results.jsonl").read_text().splitlines()) == before
+
+
+@pytest.mark.parametrize("damage", [lambda s: s.pop("skipped"), lambda s: s.pop("config"),
+                                    lambda s: s["model"].pop("conv_in.weight"), lambda s: s.update(config=3)])
+def test_a_checkpoint_of_another_version_is_one_line(run_train, damage):
+    run_dir = run_train("E2")
+    saved = load_checkpoint(run_dir / "checkpoints")
+    damage(saved)
+    save_checkpoint(run_dir / "checkpoints", saved)
+    with pytest.raises(RunError, match="its checkpoint (is of another version of this code|holds no config)"):
+        run_train("E2", "train.total_steps=15", flags=["--resume"])
+
+
+def test_damage_on_real_processes(server, tmp_path):
+    """The fallback, the error that names both files, and a log with a bad line, as a user meets them."""
+    command = flags(tmp_path, "train.total_steps=6", "train.checkpoint_every=4")
+    run_dir = tmp_path / "smoke" / "seed1077"
+    assert server.run("train.py", *command, cwd=tmp_path).status == 0
+    last, previous = (run_dir / "checkpoints" / name for name in ("last.pt", "previous.pt"))
+    whole = contents(run_dir)
+    last.write_bytes(last.read_bytes()[:1000])
+    done = server.run("train.py", *command, "--resume", cwd=tmp_path)
+    assert done.status == 0 and "last.pt: damaged" in done.err and "going back to previous.pt, step 4" in done.err
+    assert same(contents(run_dir), whole)
+    for path in (last, previous):
+        path.write_bytes(b"")
+    for script, args in (("train.py", [*command, "--resume"]), ("sample.py", [run_dir])):
+        done = server.run(script, *args, cwd=tmp_path)
+        assert done.status == 2 and len(done.err.splitlines()) == 1
+        assert "last.pt: damaged" in done.err and "previous.pt: damaged" in done.err
+
+
 # ---- a full disk ----
 
 @pytest.mark.parametrize("culprit", ["next.pt", "loss.jsonl"])
@@ -314,6 +372,42 @@ def test_a_value_that_is_not_finite_stops_the_run_before_anything_moves(run_trai
     assert where == "loss" or [name for name, norm in norms.items() if isinstance(norm, str)] == ["conv_in"]
     error = capsys.readouterr().err
     assert "train.py: step 8: loss" in error and "failure.json" in error and "A resume repeats it" in error
+
+
+def test_nan_on_a_real_process(server, tmp_path):
+    """Injected at step 6: one line, status 1, a dump; and without the fault a resume makes the whole run."""
+    command = flags(tmp_path / "failed", *EVERYTHING, "train.total_steps=12")
+    fault = """
+import diffusion, torch
+real, steps = diffusion.Diffusion.eps_mse, []
+def eps_mse(self, model, x_0, t, eps):
+    steps.append(model.training)
+    return real(self, model, x_0, t, eps) * (float("nan") if steps.count(True) == 6 else 1)
+diffusion.Diffusion.eps_mse = eps_mse
+"""
+    done = server.run("train.py", *command, cwd=tmp_path, before=fault)
+    run_dir = tmp_path / "failed" / "smoke" / "seed1077"
+    assert done.status == 1 and len(done.err.splitlines()) == 1 and "step 6: loss nan" in done.err
+    assert json.loads((run_dir / "failure.json").read_text())["loss_per_example"] == ["nan"] * 8
+    assert load_checkpoint(run_dir / "checkpoints")["step"] == 3
+    assert server.run("train.py", *command, "--resume", cwd=tmp_path).status == 0
+    assert not (run_dir / "failure.json").exists()
+    command = flags(tmp_path / "whole", *EVERYTHING, "train.total_steps=12")
+    assert server.run("train.py", *command, cwd=tmp_path).status == 0
+    assert same(contents(run_dir), contents(tmp_path / "whole" / "smoke" / "seed1077"))
+
+
+@pytest.mark.parametrize("overrides", [
+    ["train.lr=0.5", "curvature.every=1"], ["train.lr=1e30", "eval.every=1"],
+    ["train.lr=1e30", "train.checkpoint_every=1"],
+])
+def test_a_run_that_diverges_ends_in_one_line(server, tmp_path, overrides):
+    """Wherever it shows first: in a loss, in weights that are to be saved, or in a measurement."""
+    command = flags(tmp_path, "train.total_steps=60", "curvature.num_probes=2", *overrides)
+    for resume in ([], ["--resume"]):
+        done = server.run("train.py", *command, *resume, cwd=tmp_path)
+        assert done.status == 1 and len(done.err.splitlines()) == 1 and "Traceback" not in done.err, done.err
+        assert (tmp_path / "smoke" / "seed1077" / "failure.json").exists()
 
 
 def test_an_overflow_of_fp16_is_counted_and_leaves_model_optimiser_and_ema_alone():

@@ -1,6 +1,7 @@
 """Figures of the recorded runs in tests/runs (made by record_runs.py): what is drawn, not that a file appeared."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -271,7 +272,7 @@ def test_all_draws_what_it_can_and_lists_the_rest(one_seed, capsys):
                      "grids_e5e6", "frontier_e5e6"}
     assert {p.suffix for p in (one_seed / "figures").iterdir()} == {".png", ".svg"}
     out = capsys.readouterr().out
-    names = load_tables("figures", {"kind": str, "runs": list, "until": int})
+    names = load_tables("figures")
     for name in names.keys() - drawn:
         assert f"{name}: left out: no run of" in out
 
@@ -284,13 +285,50 @@ def test_one_figure_is_the_same_file_each_time(one_seed, tmp_path):
         assert a == b and len(a) > 5000
 
 
-def test_a_figure_that_was_asked_for_and_cannot_be_drawn_is_an_error(one_seed, capsys):
-    assert plots.main(["steps_e8", "--runs", str(one_seed)]) == 2
-    assert "steps_e8: left out: no run of E8a, E8b, E8c" in capsys.readouterr().err
+def test_a_figure_that_was_asked_for_and_cannot_be_drawn_is_an_error(one_seed):
+    with pytest.raises(RunError, match="steps_e8: left out: no run of E8a, E8b, E8c"):
+        plots.main(["steps_e8", "--runs", str(one_seed)])
+    with pytest.raises(RunError, match="unknown experiment 'E55'"):
+        plots.main(["--kind", "per_t", "--exps", "E55", "--runs", str(one_seed)])
+
+
+def test_a_damaged_run_does_not_keep_all_from_the_other_figures(one_seed, capsys):
+    with open(one_seed / "E6" / "seed1077" / "curvature.jsonl", "a") as file:
+        file.write("garbage\n")
+    (one_seed / "E5" / "seed1077" / "grids" / "step_000060_ddim2.png").write_bytes(b"no picture")
+    assert plots.main(["--all", "--runs", str(one_seed)]) == 0
+    out = capsys.readouterr().out
+    assert (one_seed / "figures" / "fid_vs_steps_e5e6.png").exists()
+    assert re.search(r"curvature_vs_steps: left out: .*curvature\.jsonl: line 16 is not a JSON object", out)
+    assert re.search(r"grids_e5e6: left out: cannot identify image file .*step_000060_ddim2", out)
+
+
+def test_the_frontier_is_drawn_at_the_largest_n_that_all_have(one_seed):
+    for exp in ("E5", "E6"):
+        path = one_seed / exp / "seed1077" / "results.jsonl"
+        points = [r for r in records(one_seed, exp, "results") if r["kind"] == "frontier"]
+        for n in (40, 80)[:1 + (exp == "E5")]:  # n = 80 in one of them only
+            path.write_text(path.read_text() + "".join(json.dumps(r | {"n": n}) + "\n" for r in points))
+    assert "n = 40," in caption(plots.draw("frontier", ["E5", "E6"], one_seed))
+
+
+def test_profiles_are_compared_seed_by_seed(tmp_path):
+    fig = plots.draw("per_t", ["E5", "E6"], RECORDED)
+    ratios = [line.get_ydata() for line in lines_of(fig.axes[1], E5)]
+    assert len(ratios) == 2 and all((ratio == 1).all() for ratio in ratios)
+    shutil.copytree(RECORDED, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "E5" / "seed1078")
+    with pytest.raises(RunError, match="no run of E5 with seed 1078 to compare it with"):
+        plots.draw("per_t", ["E5", "E6"], tmp_path / "runs")
+    path = tmp_path / "runs" / "E6" / "seed1077" / "per_t.jsonl"
+    path.write_text(path.read_text().replace('"n": 2', '"n": 3'))
+    shutil.rmtree(tmp_path / "runs" / "E6" / "seed1078")
+    with pytest.raises(RunError, match="other timesteps or numbers of images"):
+        plots.draw("per_t", ["E5", "E6"], tmp_path / "runs")
 
 
 def test_every_figure_names_a_kind_and_known_runs(tmp_path):
-    tables = load_tables("figures", {"kind": str, "runs": list, "until": int})
+    tables = load_tables("figures")
     for table in tables.values():
         assert table["kind"] in (plots.FROM_RUNS if "runs" in table else plots.FORMULAS)
     for text, message in [('[figures.x]\nkinds = "a"', "unknown key; did you mean kind?"),
@@ -299,5 +337,5 @@ def test_every_figure_names_a_kind_and_known_runs(tmp_path):
                            "unknown experiment 'E66'")]:
         (tmp_path / "t.toml").write_text(text)
         with pytest.raises(ConfigError, match="t.toml: \\[figures.x\\]") as error:
-            load_tables("figures", {"kind": str, "runs": list}, tmp_path / "t.toml")
+            load_tables("figures", tmp_path / "t.toml")
         assert message in str(error.value)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoint import load_checkpoint, save_checkpoint
 from config import LEAVES, SETTABLE, Config, ConfigError, config_from_dict, flatten, list_experiments, load_config
 from data import batch_indices, to_model_range, to_uint8
 from diffusion import Diffusion, ddim_sample, ddpm_sample, spaced_timesteps
@@ -182,6 +185,26 @@ def test_batches_read_whole_epochs(seed, step, batch_size, n):
 @examples
 def test_two_indices_never_share_a_stream(seed, purpose, i, j):
     assert (derive_seed(seed, purpose, i) == derive_seed(seed, purpose, j)) == (i == j)
+
+
+# ---- checkpoints ----
+
+@given(st.data())
+@examples
+def test_a_checkpoint_cut_or_changed_anywhere_is_passed_over(data):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step in (1, 2):
+            save_checkpoint(folder, {"step": step, "w": torch.full((5,), float(step))})
+        content = (folder / "last.pt").read_bytes()
+        if data.draw(st.booleans()):
+            content = content[:data.draw(st.integers(0, len(content) - 1))]
+        else:
+            at = data.draw(st.integers(0, len(content) - 1))
+            content = content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1:]
+        (folder / "last.pt").write_bytes(content)
+        said = []
+        assert load_checkpoint(folder, warn=said.append)["step"] == 1 and "last.pt: damaged" in said[0]
 
 
 # ---- moments and distances ----

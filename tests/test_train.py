@@ -104,13 +104,18 @@ def test_a_kill_inside_the_first_checkpoint_resumes_from_the_start(run_train, mo
     assert_same_runs(run_train("E2", out="whole"), resumed)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(run_train, capsys):
-    whole = run_train("E2", out="whole")
-    stopped = run_train("E2", out="stopped")
-    for file in (stopped / "checkpoints").iterdir():
-        file.unlink()
-    (stopped / "checkpoints").rmdir()
-    run_train("E2", out="stopped", flags=["--resume"])
+def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(run_train, monkeypatch, capsys):
+    whole, real = run_train("E2", out="whole"), train.train_step
+
+    def killed_after_step_4(config, state, *args):
+        if state.step == 4:
+            raise KeyboardInterrupt
+        return real(config, state, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.train_step", killed_after_step_4)
+        run_train("E2", out="stopped")
+    stopped = run_train("E2", out="stopped", flags=["--resume"])
     assert "starting from step 0" in capsys.readouterr().out
     assert_same_runs(whole, stopped)
 
