@@ -354,7 +354,7 @@ def verdict_section(pairs: list[tuple[Run, Run]], distances: list[Change], trace
             f"This holds for seed{'s'[:len(seeds) - 1]} {', '.join(seeds)}" + (
                 ", and says nothing of others." if len(seeds) == 1 else ".")]
     if pairs[0][0].config.eval.features == "lite0":
-        text.append("The distance is one of Lite0 features. It is not FID, for which the 7 % were registered.")
+        text.append("The distance is one of Lite0 features. It is not FID, for which the 7 % was registered.")
     return Section("Verdict", [Table(["verdict", "measure", "change", "better means", "as registered"], rows), *text])
 
 
