@@ -249,6 +249,19 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+class Clock:
+    """Seconds of each phase since step `since`, the last line of timing.jsonl or the start of this process."""
+
+    def __init__(self, since: int):
+        self.seconds, self.since = Counter(), since
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
 def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, held_out: Tensor,
           distances: Distances | None, saved: dict | None) -> None:
     """Train from `saved` (a checkpoint's content, or None for step 0) to config.train.total_steps.
@@ -266,20 +279,14 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             raise another_version(run_dir, error) from error
     images, total = images.to(device), config.train.total_steps
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
-    seconds, timed_from, saved_at = Counter(), state.step, state.step
-
-    @contextmanager
-    def timed(phase):
-        start = time.perf_counter()
-        yield
-        seconds[phase] += time.perf_counter() - start
+    clock, saved_at = Clock(state.step), state.step
 
     def save():
         nonlocal saved_at
         if saved_at != state.step:
             if not all(weight.isfinite().all() for weight in state.model.parameters()):
                 raise NonFiniteError("weights are not finite, after an update by a finite gradient", state.step)
-            with timed("checkpoint"):
+            with clock.timed("checkpoint"):
                 save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
             saved_at = state.step
 
@@ -289,16 +296,15 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             while True:
                 if state.step > 0:
                     with stop.at_any_time():
-                        measure(config, state, diffusion, images, held_out, distances, run_dir, timed)
+                        measure(config, state, diffusion, images, held_out, distances, run_dir, clock)
                     if state.step % config.log.every == 0 or state.step == total:
-                        log_timing(config, run_dir, state.step, state.step - timed_from, seconds)
-                        timed_from = state.step
+                        log_timing(config, run_dir, state.step, clock)
                 if state.step == total:
                     (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt
                     return
                 stop.check()
 
-                with timed("train"):
+                with clock.timed("train"):
                     batch = train_step(config, state, diffusion, w, images)
                 progress.update()
                 step = state.step
@@ -313,13 +319,15 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             raise
 
 
-def log_timing(config: Config, run_dir: Path, step: int, steps: int, seconds: Counter) -> None:
-    """One line of timing.jsonl for the `steps` that this process has done since the line before; clears `seconds`."""
+def log_timing(config: Config, run_dir: Path, step: int, clock: Clock) -> None:
+    """One line of timing.jsonl for what this process has done since the line before; the clock starts again."""
     if not logged(run_dir / "timing.jsonl", step):
-        speed = config.train.batch_size * steps / seconds["train"] if steps else None
+        steps = step - clock.since
+        speed = config.train.batch_size * steps / clock.seconds["train"] if steps else None
         append_jsonl(run_dir / "timing.jsonl", {"step": step, "images_per_second": speed,
-                                                **{f"seconds/{phase}": s for phase, s in seconds.items()}})
-    seconds.clear()
+                                                **{f"seconds/{phase}": s for phase, s in clock.seconds.items()}})
+    clock.seconds.clear()
+    clock.since = step
 
 
 def logged(path: Path, step: int) -> list[dict]:
@@ -337,18 +345,18 @@ def append_measured(path: Path, record: dict) -> None:
 
 
 def measure(config: Config, state: State, diffusion: Diffusion, images: Tensor, held_out: Tensor,
-            distances: Distances | None, run_dir: Path, timed) -> None:
-    """Measure and draw what is due at state.step and not yet in the run directory. timed: as in train()."""
+            distances: Distances | None, run_dir: Path, clock: Clock) -> None:
+    """Measure and draw what is due at state.step and not yet in the run directory."""
     step, last = state.step, state.step == config.train.total_steps
     if config.curvature.every and step % config.curvature.every == 0 and not logged(run_dir / "curvature.jsonl", step):
-        with timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
+        with clock.timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
             record = curvature_record(config, step, state.model, diffusion, images)
             append_measured(run_dir / "curvature.jsonl", record)
     if step % config.eval.every == 0 or last:
-        with timed("evaluate"):
+        with clock.timed("evaluate"):
             evaluate_step(config, state, diffusion, held_out, distances, run_dir)
     if step % config.grid.every == 0 or last:
-        with timed("grid"):
+        with clock.timed("grid"):
             draw_grid(config, state, diffusion, run_dir)
 
 
