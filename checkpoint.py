@@ -123,8 +123,10 @@ def append_jsonl(path: Path, record: dict) -> None:
     """
     line = json.dumps(record, allow_nan=False) + "\n"
     with _naming(path), open(path, "ab+") as file:
-        if file.tell() and path.read_bytes()[-1:] != b"\n":
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
