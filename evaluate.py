@@ -322,12 +322,7 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     error of the difference is that of the paired influences. Raises RunError where two runs have no measurement in
     common, or different seeds.
     """
-    seeds = []
-    for run in (run_a, run_b):
-        if not (run / "config.json").exists():
-            raise RunError(f"{run}: not a run directory (no config.json)")
-        seeds.append(read_json(run / "config.json").get("seed"))
-    if seeds[0] != seeds[1]:
+    if Run(run_a).seed != Run(run_b).seed:
         raise RunError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
 
     def point(r):
@@ -366,6 +361,7 @@ class Run:
             raise RunError(f"{path}: not a run directory (no config.json)")
         self.path, self.config = path, config_from_dict(read_json(path / "config.json"), str(path / "config.json"))
         self.exp, self.seed = self.config.exp, self.config.seed
+        self._logs: dict[str, list[dict]] = {}
 
     def log(self, name: str) -> list[dict]:
         """The lines of NAME.jsonl. Raises RunError where there are none."""
@@ -383,10 +379,6 @@ class Run:
     def finished(self) -> bool:
         """Whether it has reached its last step and measured all that was due: timing.jsonl's last line comes last."""
         return self.has("timing") and self.log("timing")[-1]["step"] == self.config.train.total_steps
-
-    @cached_property
-    def _logs(self) -> dict[str, list[dict]]:
-        return {}
 
     def results(self, kind: str) -> list[dict]:
         """The distances measured as kind "milestone", "final" or "frontier"; maybe none."""
