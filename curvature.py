@@ -110,7 +110,7 @@ class Jet:
         return [Jet(*parts) for parts in zip(*(a.unbind(dim) for a in self.c), strict=True)]
 
     def __getattr__(self, name):  # methods that act on every coefficient alike
-        if name not in ("reshape", "transpose", "flatten", "mean", "float"):
+        if name not in ("reshape", "transpose", "permute", "flatten", "mean", "float"):
             raise AttributeError(f"Jet has no rule for .{name}")
         return lambda *args, **kwargs: self.linear(lambda a: getattr(a, name)(*args, **kwargs))
 

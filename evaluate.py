@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from rng import generator
 from weighting import loss_weights
 
 CHUNK = 100           # samples that share one stream of noise
+CPU_BATCH = 20        # of a chunk, that a CPU's caches hold the activations of: at base 64, 1.3 times the speed of 100
 PROFILE_POINTS = 21   # timesteps of the per-t profile: 0, 50, 100, ... 999 at T = 1000
 T_BINS = 8            # of the Hessian trace, over [0, T)
 SAMPLE = 10_000       # training images whose features are kept, as KID's reference
@@ -117,6 +118,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def in_batches(model: UNet) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model, called on CPU_BATCH examples at a time where it is on a CPU."""
+    if next(model.parameters()).device.type != "cpu":
+        return model
+    return lambda x_t, t: torch.cat([model(*part) for part in zip(x_t.split(CPU_BATCH), t.split(CPU_BATCH),
+                                                                  strict=True)])
+
+
 def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: int, seed: int, eta: float = 0.0,
                   progress: str | None = None) -> Tensor:
     """n samples, uint8 (n, 3, 32, 32) on the CPU, drawn in chunks whose noise depends only on (seed, chunk).
@@ -128,14 +137,15 @@ def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: 
     shape = (model.image_channels, model.image_size, model.image_size)
     images = []
     chunks = tqdm(range(0, n, CHUNK), desc=progress, leave=False, disable=None if progress else True)
+    network = in_batches(model)
     with eval_mode(model):
         for i, start in enumerate(chunks):
             x_T = torch.randn(min(CHUNK, n - start), *shape, generator=generator(seed, "x_T", i)).to(device)
             noise = generator(seed, "sampler_noise", i)
             if sampler == "ddpm":
-                x_0 = ddpm_sample(model, diffusion, x_T, nfe, generator=noise)
+                x_0 = ddpm_sample(network, diffusion, x_T, nfe, generator=noise)
             elif sampler == "ddim":
-                x_0 = ddim_sample(model, diffusion, x_T, nfe, eta=eta, generator=noise)
+                x_0 = ddim_sample(network, diffusion, x_T, nfe, eta=eta, generator=noise)
             else:
                 raise ValueError(f"sampler {sampler!r}: must be 'ddpm' or 'ddim'")
             images.append(to_uint8(x_0).cpu())
@@ -158,7 +168,8 @@ def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor) -> tuple[li
             for j in range(0, len(images), CHUNK):
                 x_0 = to_model_range(images[j:j + CHUNK].to(device))
                 ts_j = torch.full((len(x_0),), t, dtype=torch.int64, device=device)
-                total += diffusion.eps_mse(model, x_0, ts_j, eps[j:j + CHUNK].to(device)).double().sum().item()
+                mse = diffusion.eps_mse(in_batches(model), x_0, ts_j, eps[j:j + CHUNK].to(device))
+                total += mse.double().sum().item()
             profile.append(total / len(images))
     return ts, profile
 

@@ -46,6 +46,22 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return init_(nn.Conv2d(in_channels, out_channels, 1))
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout that on a CPU takes 16 random bits a value, p to the nearest 2^-16.
+
+    torch makes a Bernoulli draw for each value there, which is 6 % of a training step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p > 0 and isinstance(x, Tensor) and x.device.type == "cpu"):
+            return super().forward(x)
+        B, C, H, W = x.shape
+        dropped, words = min(round(self.p * 2**16), 2**16 - 1), torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+        bits = words.random_(-2**63, None).view(torch.int16)[:x.numel()]  # uniform over -2^15 .. 2^15 - 1
+        keep = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        return x * keep.view(B, H, W, C).permute(0, 3, 1, 2)  # laid out as x is in channels_last
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv; add the time embedding; GroupNorm, SiLU, dropout, conv (zero at the start)."""
 
@@ -55,15 +71,16 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels)
         self.emb = init_(nn.Linear(emb_dim, out_channels))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = zero_(conv3x3(out_channels, out_channels))
         self.skip = conv1x1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(emb)[:, :, None, None]  # emb has passed SiLU once, in UNet.forward
+        h += self.emb(emb)[:, :, None, None]  # emb has passed SiLU once, in UNet.forward
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
+        h += self.skip(x)  # in place, twice: no gradient needs what a convolution has put out
+        return h
 
 
 class Attention(nn.Module):
@@ -80,10 +97,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)  # each (B, C, HW)
-        weights = torch.softmax((q.transpose(1, 2) @ k) * C**-0.5, dim=-1)  # (B, HW, HW), rows sum to 1
-        out = v @ weights.transpose(1, 2)  # (B, C, HW)
-        return x + self.proj(out.reshape(B, C, H, W))
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C): no copy where x is channels_last
+        q, k, v = qkv.reshape(B, H * W, 3, C).unbind(2)  # each (B, HW, C)
+        weights = torch.softmax((q @ k.transpose(1, 2)) * C**-0.5, dim=-1)  # (B, HW, HW), rows sum to 1
+        out = weights @ v  # (B, HW, C)
+        return x + self.proj(out.reshape(B, H, W, C).permute(0, 3, 1, 2))
 
 
 class Downsample(nn.Module):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import model
-from model import Attention, ResBlock, UNet, timestep_embedding
+from model import Attention, Dropout, ResBlock, UNet, timestep_embedding
 from rng import generator, seed_global
 
 
@@ -80,6 +80,23 @@ def test_attention_equals_torchs_own():
     q, k, v = (y.flatten(2).transpose(1, 2) for y in net.qkv(net.norm(x)).chunk(3, dim=1))  # (B, HW, C)
     out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(net(x), x + net.proj(out))
+    torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), x + net.proj(out))
+
+
+def test_dropout_drops_p_and_keeps_the_mean():
+    x, dropout = torch.rand(16, 8, 32, 32) + 1, Dropout(0.3)
+    seed_global(0, "dropout")
+    y = dropout(x)
+    dropped = y == 0
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / x.numel())**0.5)
+    torch.testing.assert_close(y[~dropped] / x[~dropped], torch.full_like(y[~dropped], 1 / 0.7), rtol=1e-4, atol=0)
+    for one, other in ((dropped[:8], dropped[8:]), (dropped[:, 1:], dropped[:, :-1]),
+                       (dropped[..., 1:], dropped[..., :-1])):  # no two places share a draw
+        assert (one & other).float().mean().item() == pytest.approx(0.09, abs=4 * (0.09 * 0.91 / one.numel())**0.5)
+    assert not torch.equal(dropout(x), y)
+    seed_global(0, "dropout")
+    assert torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x and Dropout(0.0)(x) is x
 
 
 def test_time_embedding_similarity_falls_with_distance():
