@@ -85,6 +85,7 @@ class TrainConfig:
     lr: Annotated[float, Range(gt=0)]               # of Adam, constant
     grad_clip: Annotated[float, Range(gt=0)]        # largest global L2 norm of the gradient
     amp: bool                                       # mixed precision, where the device is CUDA
+    compile: bool                                   # torch.compile; faster after minutes, and other dropout masks
     checkpoint_every: Count                         # steps
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -25,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from checkpoint import CheckpointError, append_jsonl, load_checkpoint, lock, read_jsonl, replace_file
 from config import MAX_SAMPLES, Config, ConfigError, config_from_dict, one_line
@@ -43,6 +43,7 @@ from fid import (
     load_npz,
 )
 from model import UNet
+from parallel import PeerError, first, from_first, map_shared
 from rng import generator
 from weighting import loss_weights
 
@@ -133,23 +134,25 @@ def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: 
     sampler: "ddpm" or "ddim" (eta is DDIM's). Chunk i starts from the same x_T whatever the model, sampler and nfe,
     so two arms of a comparison can be paired sample by sample. progress: label of a bar, or None for no bar.
     """
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"sampler {sampler!r}: must be 'ddpm' or 'ddim'")
     device = next(model.parameters()).device
     shape = (model.image_channels, model.image_size, model.image_size)
-    images = []
-    chunks = tqdm(range(0, n, CHUNK), desc=progress, leave=False, disable=None if progress else True)
-    network = in_batches(model)
+    sample = partial(ddim_sample, eta=eta) if sampler == "ddim" else ddpm_sample
+
+    def chunk(i: int) -> Tensor:
+        x_T = torch.randn(min(CHUNK, n - i * CHUNK), *shape, generator=generator(seed, "x_T", i)).to(device)
+        x_0 = sample(in_batches(model), diffusion, x_T, nfe, generator=generator(seed, "sampler_noise", i))
+        return to_uint8(x_0).cpu()
+
     with eval_mode(model):
-        for i, start in enumerate(chunks):
-            x_T = torch.randn(min(CHUNK, n - start), *shape, generator=generator(seed, "x_T", i)).to(device)
-            noise = generator(seed, "sampler_noise", i)
-            if sampler == "ddpm":
-                x_0 = ddpm_sample(network, diffusion, x_T, nfe, generator=noise)
-            elif sampler == "ddim":
-                x_0 = ddim_sample(network, diffusion, x_T, nfe, eta=eta, generator=noise)
-            else:
-                raise ValueError(f"sampler {sampler!r}: must be 'ddpm' or 'ddim'")
-            images.append(to_uint8(x_0).cpu())
-    return torch.cat(images)
+        return torch.cat(map_shared(chunk, math.ceil(n / CHUNK), progress))
+
+
+def extract_shared(network: nn.Module, images: Tensor, progress: str | None = None) -> np.ndarray:
+    """Features of uint8 images (N, 3, H, W), float32 (N, network.dim), a chunk of images at a time."""
+    chunks = images.split(CHUNK)
+    return torch.cat(map_shared(lambda i: extract(network, chunks[i]), len(chunks), progress)).numpy()
 
 
 @torch.no_grad()
@@ -160,18 +163,17 @@ def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor) -> tuple[li
     """
     device = next(model.parameters()).device
     ts = spaced_timesteps(diffusion.T, min(PROFILE_POINTS, diffusion.T)).flip(0).tolist()
-    profile = []
+
+    def mse_at(i: int) -> float:
+        eps, total = torch.randn(images.shape, generator=generator(0, "profile_eps", i)), 0.0
+        for x, e in zip(images.split(CPU_BATCH), eps.split(CPU_BATCH), strict=True):
+            t = torch.full((len(x),), ts[i], dtype=torch.int64, device=device)
+            mse = diffusion.eps_mse(model, to_model_range(x.to(device)), t, e.to(device))
+            total += mse.double().sum().item()
+        return total / len(images)
+
     with eval_mode(model):
-        for i, t in enumerate(ts):
-            eps = torch.randn(images.shape, generator=generator(0, "profile_eps", i))
-            total = 0.0
-            for j in range(0, len(images), CHUNK):
-                x_0 = to_model_range(images[j:j + CHUNK].to(device))
-                ts_j = torch.full((len(x_0),), t, dtype=torch.int64, device=device)
-                mse = diffusion.eps_mse(in_batches(model), x_0, ts_j, eps[j:j + CHUNK].to(device))
-                total += mse.double().sum().item()
-            profile.append(total / len(images))
-    return ts, profile
+        return ts, map_shared(mse_at, len(ts))
 
 
 def profile_record(step: int, model: UNet, ema: UNet, diffusion: Diffusion, images: Tensor) -> dict:
@@ -190,22 +192,22 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
     trace of the unweighted loss in each of 8 equal ranges of t.
     """
     P, B, T, device = config.curvature.num_probes, config.train.batch_size, diffusion.T, images.device
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma)
     params = list(model.parameters())
-    forms, ts = [], []
+
+    def probe(j: int) -> tuple[Tensor, Tensor]:
+        rng = generator(config.seed, "curvature", j)
+        x_0 = to_model_range(images[torch.randint(len(images), (B,), generator=rng).to(device)])
+        stratum = torch.arange(B) * P + j
+        t = ((stratum + torch.rand(B, generator=rng, dtype=torch.float64)) * (T / (P * B))).long()
+        eps = torch.randn(x_0.shape, generator=rng).to(device)
+        v = rademacher(params, rng)
+        losses = partial(diffusion.eps_mse, model, x_0, t.to(device), eps)
+        return quadratic_forms(losses, params, v).cpu(), t
+
     with eval_mode(model):
-        for j in range(P):
-            rng = generator(config.seed, "curvature", j)
-            x_0 = to_model_range(images[torch.randint(len(images), (B,), generator=rng).to(device)])
-            stratum = torch.arange(B) * P + j
-            t = ((stratum + torch.rand(B, generator=rng, dtype=torch.float64)) * (T / (P * B))).long().to(device)
-            eps = torch.randn(x_0.shape, generator=rng).to(device)
-            v = rademacher(params, rng)
-            losses = partial(diffusion.eps_mse, model, x_0, t, eps)
-            forms.append(quadratic_forms(losses, params, v))
-            ts.append(t)
-    forms, t = torch.stack(forms), torch.stack(ts)  # each (P, B)
-    snr = diffusion.snr[t].mean(dim=1)
+        forms, t = (torch.stack(parts) for parts in zip(*map_shared(probe, P), strict=True))  # each (P, B)
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).cpu()
+    snr = diffusion.snr.cpu()[t].mean(dim=1)
     record = {"step": step, "num_probes": P, "batch_size": B, "curvature/snr_mean_samples": snr.tolist()}
     for name, weights in (("hutch_trace", w[t]), ("hutch_trace_unweighted", torch.ones_like(forms))):
         trace = summarise((weights * forms).mean(dim=1).tolist())
@@ -240,45 +242,54 @@ class Distances:
 
     def check_cache(self) -> None:
         """Raise RunError or FeatureError now, where the cache would be refused at the first milestone."""
-        nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise RunError(f"eval.stats_root = {self.root}: {nearest} is not a folder that can be written to")
-        if self.reference_path.exists():
+        def check_root():
+            nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise RunError(f"eval.stats_root = {self.root}: {nearest} is not a folder that can be written to")
+            return self.reference_path.exists()
+
+        if from_first(check_root):
             _ = self.reference
 
     @property
     def reference_path(self) -> Path:
         return self.root / f"{self.data_name}_{self.network.name}_train.npz"
 
+    def _cached_reference(self) -> FeatureStats | None:
+        path = self.reference_path
+        if not path.exists():
+            return None
+        stats = FeatureStats.load(path)
+        if stats.dim != self.network.dim:
+            raise RunError(f"{path}: {stats.dim} features, but {self.network.name} has {self.network.dim}; remove "
+                           "it to have it made again, or give another eval.stats_root")
+        for key, value in self.origin.items():
+            if getattr(stats, key) not in (None, value):
+                raise RunError(f"{path}: made with {key} {getattr(stats, key)[:12]}, not {value[:12]}; remove it "
+                               "to have it made again, or give another eval.stats_root")
+        return stats
+
     @cached_property
     def reference(self) -> FeatureStats:
         """Statistics of all training images, from the cache or made now. Raises RunError for stale ones."""
-        path = self.reference_path
-        if path.exists():
-            stats = FeatureStats.load(path)
-            if stats.dim != self.network.dim:
-                raise RunError(f"{path}: {stats.dim} features, but {self.network.name} has {self.network.dim}; remove "
-                               "it to have it made again, or give another eval.stats_root")
-            for key, value in self.origin.items():
-                if getattr(stats, key) not in (None, value):
-                    raise RunError(f"{path}: made with {key} {getattr(stats, key)[:12]}, not {value[:12]}; remove it "
-                                   "to have it made again, or give another eval.stats_root")
-        else:
+        stats = from_first(self._cached_reference)
+        if stats is None:
             stats = FeatureStats(self.network.dim, **self.origin)
-            features = extract(self.network, self.train, progress=f"{path.name}, once").numpy()
+            features = extract_shared(self.network, self.train, progress=f"{self.reference_path.name}, once")
             for part in np.split(features, range(1000, len(features), 1000)):
                 stats.update(part)
             stats.sample = features[:SAMPLE]
-            self.root.mkdir(parents=True, exist_ok=True)
-            stats.save(path)
+            if first():
+                self.root.mkdir(parents=True, exist_ok=True)
+                stats.save(self.reference_path)
         if stats.sample is None:  # statistics published elsewhere
-            stats.sample = extract(self.network, self.train[:SAMPLE], progress="reference of KID").numpy()
+            stats.sample = extract_shared(self.network, self.train[:SAMPLE], progress="reference of KID")
         return stats
 
     def context(self, n: int) -> dict[str, float | None]:
         """floor, floor_test, ceiling of the Frechet distance, kid_floor_test and kid_ceiling, at n images."""
         path = self.root / f"{self.data_name}_{self.network.name}_context.json"
-        cache = read_json(path) if path.exists() else {}
+        cache = from_first(lambda: read_json(path) if path.exists() else {})
         if cache.get("origin") != self.origin:
             cache = {"origin": self.origin}
         if str(n) not in cache:
@@ -287,13 +298,14 @@ class Distances:
             context = dict.fromkeys(["floor", "floor_test", "ceiling", "kid_floor_test", "kid_ceiling"])
             for name, images in sets.items():
                 if len(images) == n:  # a set too small for this n has no figure at this n
-                    features = extract(self.network, images, progress=f"{name} at n = {n}, once").numpy()
+                    features = extract_shared(self.network, images, progress=f"{name} at n = {n}, once")
                     context[name] = frechet_estimate(features, self.reference).value
                     if name != "floor":  # the training images are themselves KID's reference
                         context[f"kid_{name}"] = kid_estimate(features, self.reference.sample).value
             cache[str(n)] = context
-            self.root.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps(cache, indent=2).encode())
+            if first():
+                self.root.mkdir(parents=True, exist_ok=True)
+                replace_file(path, json.dumps(cache, indent=2).encode())
         return cache[str(n)]
 
     def measure(self, features: np.ndarray) -> tuple[dict, dict[str, Estimate]]:
@@ -414,7 +426,7 @@ def frontier(config: Config, step: int, ema: UNet, diffusion: Diffusion, distanc
             record = next((r for r in read_jsonl(path) if point.items() <= r.items()), None)
             if record is None:
                 samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress=f"{sampler} {nfe}")
-                features = extract(distances.network, samples, progress="features").numpy()
+                features = extract_shared(distances.network, samples, progress="features")
                 measured, estimates = distances.measure(features)
                 record = point | measured
                 save_influence(run_dir, record, estimates)
@@ -450,7 +462,7 @@ def run_script(main) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     try:
         sys.exit(main())
-    except (ConfigError, DataError, CheckpointError, FeatureError, RunError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, FeatureError, PeerError, RunError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -547,7 +559,7 @@ def main(argv: list[str] | None = None) -> int:
                      args.samplers or ["ddim", "ddpm"])
         return 0
     samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress="sampling")
-    record, _ = distances.measure(extract(network, samples, progress="features").numpy())
+    record, _ = distances.measure(extract_shared(network, samples, progress="features"))
     print(json.dumps({"step": step, "sampler": sampler, "nfe": nfe, **record}))
     return 0
 

@@ -7,10 +7,12 @@
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -19,14 +21,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import (
@@ -42,11 +44,11 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import PATHS, SETTABLE, Config, flatten, list_experiments, load_config
-from data import SHAPES_TRAIN, batch_indices, grid_png, load_images, to_model_range
+from cost import measure_units, memory, phases
+from data import batch_indices, grid_png, load_images, to_model_range
 from diffusion import Diffusion
 from evaluate import (
     CHUNK,
-    PROFILE_POINTS,
     Distances,
     Run,
     RunError,
@@ -55,6 +57,7 @@ from evaluate import (
     build,
     check_device,
     curvature_record,
+    extract_shared,
     metric_names,
     profile_record,
     read_json,
@@ -63,8 +66,9 @@ from evaluate import (
     save_influence,
     saved_config,
 )
-from fid import InceptionV3, Lite0, extract, feature_network
+from fid import feature_network
 from model import UNet
+from parallel import first, from_first, gathered, joined, largest, mean, own_device, rank, share, world
 from rng import generator, seed_global
 from weighting import loss_weights
 
@@ -83,7 +87,9 @@ class State:
     optimizer: torch.optim.Adam
     scaler: torch.amp.GradScaler            # does nothing unless training runs in fp16
     window: Tensor                          # float64 (2,): sums of loss and eps_mse since the last log line
-    skipped: int = 0                        # steps that the fp16 scaler skipped: model, optimiser and EMA stayed
+    skipped: Tensor                         # int64 (): steps whose fp16 gradient overflowed, so that the model stayed
+    failed: Tensor                          # int64 (): the first step that was not finite, or -1; never saved
+    network: Callable[[Tensor, Tensor], Tensor]  # the model as training calls it: shared among processes, compiled
 
     def state_dict(self, config: Config) -> dict:
         return {"config": dataclasses.asdict(config), "step": self.step, "model": self.model.state_dict(),
@@ -91,7 +97,9 @@ class State:
                 "scaler": self.scaler.state_dict(), "window": self.window, "skipped": self.skipped}
 
     def load_state_dict(self, saved: dict) -> None:
-        self.step, self.window, self.skipped = saved["step"], saved["window"], saved["skipped"]
+        self.step = saved["step"]
+        self.window.copy_(saved["window"])
+        self.skipped.copy_(saved["skipped"])
         for name in ("model", "ema", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
 
@@ -109,8 +117,13 @@ def new_state(config: Config, device: torch.device) -> tuple[State, Diffusion]:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config, device) == torch.float16)
-    window = torch.zeros(2, dtype=torch.float64, device=device)
-    return State(0, model, ema, optimizer, scaler, window), diffusion
+    window, (skipped, failed) = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor([0, -1], device=device)
+    network = model
+    if world() > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if config.train.compile:  # on CUDA into CUDA graphs: at batch 4 a GPU waits for its launches
+        network = torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else "default")
+    return State(0, model, ema, optimizer, scaler, window, skipped, failed, network), diffusion
 
 
 def ema_decay(decay: float, step: int) -> float:
@@ -132,48 +145,82 @@ class NonFiniteError(FloatingPointError):
         self.dump = {"step": step, "what": what, **dump}
 
 
-def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
-    """One update of model, optimiser and EMA on the batch that (seed, state.step) determines.
+def backward(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """The gradient of the batch that (seed, state.step) determines, left in the model's .grad.
 
-    w: float32 (T,), the loss weights. images: uint8 (N, 3, 32, 32). Returns what the log needs, on the device:
-    loss, eps_mse and grad_norm, each (), and t (B,). Raises NonFiniteError before model, optimiser or EMA move.
+    w: float32 (T,), the loss weights. images: uint8 (N, 3, 32, 32). Returns, of the whole batch, loss, eps_mse and
+    grad_norm, each (), indices and t (B,); and of this process's examples own_losses and own_eps_mse.
     """
     seed, step, device = config.seed, state.step, images.device
     indices = batch_indices(seed, step, config.train.batch_size, len(images))
-    x_0 = to_model_range(images[indices.to(device)])  # (B, 3, 32, 32)
-    t = torch.randint(diffusion.T, (len(x_0),), generator=generator(seed, "t", step)).to(device)
-    eps = torch.randn(x_0.shape, generator=generator(seed, "eps", step)).to(device)
-    seed_global(seed, "dropout", step, device)
+    t = torch.randint(diffusion.T, indices.shape, generator=generator(seed, "t", step)).to(device)
+    eps = torch.randn(*indices.shape, *images.shape[1:], generator=generator(seed, "eps", step))
+    seed_global(seed, f"dropout/{rank()}" if rank() else "dropout", step, device)
 
+    own = share(len(indices))  # drawn for the whole batch, so that the number of processes changes none of it
+    x_0 = to_model_range(images[indices[own].to(device)])  # (B, 3, 32, 32), B here and below this process's
     dtype = amp_dtype(config, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        eps_mse = diffusion.eps_mse(state.model, x_0, t, eps)  # (B,)
-    loss = (w[t] * eps_mse).mean()  # the one line in which the arms of the study differ
+        eps_mse = diffusion.eps_mse(state.network, x_0, t[own], eps[own].to(device))  # (B,)
+    losses = w[t[own]] * eps_mse  # the one line in which the arms of the study differ
+    loss = losses.mean()
 
     state.optimizer.zero_grad()
-    state.scaler.scale(loss).backward()
+    state.scaler.scale(loss).backward()  # several processes: the mean of their gradients
     state.scaler.unscale_(state.optimizer)  # before clipping, which must see the true gradient
-    params = list(state.model.parameters())
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    loss, eps_mse = loss.detach(), eps_mse.detach()
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        torch.nn.utils.clip_grads_with_norm_(params, config.train.grad_clip, grad_norm)
-        state.scaler.step(state.optimizer)
-        update_ema(state.ema, state.model, ema_decay(config.ema.decay, step))
-    elif math.isfinite(loss) and state.scaler.get_scale() > 1:  # fp16: the scaled gradient overflowed, no failure
-        state.skipped += 1
-    else:
-        raise NonFiniteError(f"loss {loss.item()}, gradient norm {grad_norm.item()}", step + 1, seed=seed,
-                             batch_indices=indices.tolist(), t=t.tolist(), loss=_json_number(loss),
-                             loss_per_example=[*map(_json_number, w[t] * eps_mse)],
-                             eps_mse_per_example=[*map(_json_number, eps_mse)], grad_norm=_json_number(grad_norm),
-                             grad_norm_per_module=_grad_norms(state.model))
-    state.scaler.update()  # lowers the scale after a skipped step
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters()])
+    loss, mse = mean(torch.stack([loss.detach(), eps_mse.detach().mean()])).unbind()
+    return {"loss": loss, "eps_mse": mse, "grad_norm": grad_norm, "indices": indices, "t": t,
+            "own_losses": losses.detach(), "own_eps_mse": eps_mse.detach()}
+
+
+def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """One update of model, optimiser and EMA; returns what backward does. The host waits for nothing here.
+
+    Where loss or gradient are not finite, model and optimiser stay, and stay from there on: raise_if_failed tells. An
+    overflow of fp16's scaled gradient is no failure: that step is skipped.
+    """
+    batch = backward(config, state, diffusion, w, images)
+    loss, grad_norm = batch["loss"], batch["grad_norm"]
+    finite = loss.isfinite() & grad_norm.isfinite()
+    overflow = loss.isfinite() & ~finite & (state.scaler.scale(torch.ones_like(loss)) > 1)
+    state.failed = torch.where((state.failed < 0) & ~(finite | overflow), state.step, state.failed)
+    state.skipped += overflow
+    # What a GradScaler would set: fused Adam reads both on the device. It divides gradients by the one, which clips
+    # them without a pass of its own, and does nothing where the other is 1.
+    state.optimizer.grad_scale = ((grad_norm + 1e-6) / config.train.grad_clip).clamp(min=1)
+    state.optimizer.found_inf = (~finite | (state.failed >= 0)).float()
+    state.optimizer.step()
+    state.scaler.update()  # lowers the scale after an overflow
+    update_ema(state.ema, state.model, ema_decay(config.ema.decay, state.step))
 
     state.step += 1
-    eps_mse = eps_mse.mean()
-    state.window += torch.stack([loss, eps_mse])
-    return {"loss": loss, "eps_mse": eps_mse, "grad_norm": grad_norm, "t": t}
+    state.window += torch.stack([loss, batch["eps_mse"]])
+    return batch
+
+
+def raise_if_failed(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor,
+                    batch: dict[str, Tensor]) -> None:
+    """Raise NonFiniteError for the first step whose loss or gradient was not finite. Waits for the device.
+
+    batch: of the last step. An earlier one is repeated, to be looked into: it is a function of seed, step and weights,
+    and these have not moved since.
+    """
+    if state.failed < 0:
+        return
+    if state.failed < state.step - 1:
+        state.step = int(state.failed)
+        batch = backward(config, state, diffusion, w, images)
+    step, loss, grad_norm = int(state.failed) + 1, batch["loss"], batch["grad_norm"]
+
+    def everywhere(own: Tensor) -> list:
+        return [_json_number(x) for part in gathered(own.cpu()) for x in part]
+
+    raise NonFiniteError(f"loss {loss.item()}, gradient norm {grad_norm.item()}", step, seed=config.seed,
+                         batch_indices=batch["indices"].tolist(), t=batch["t"].tolist(), loss=_json_number(loss),
+                         loss_per_example=everywhere(batch["own_losses"]),
+                         eps_mse_per_example=everywhere(batch["own_eps_mse"]), grad_norm=_json_number(grad_norm),
+                         grad_norm_per_module=_grad_norms(state.model))
 
 
 def _json_number(x: Tensor) -> float | str:
@@ -196,7 +243,7 @@ def log_record(config: Config, state: State, diffusion: Diffusion, w: Tensor, ba
             "train/loss": batch["loss"].item(), "train/eps_mse": batch["eps_mse"].item(),
             "train/loss_mean": window[0], "train/eps_mse_mean": window[1],
             "train/grad_global_L2": grad_norm if math.isfinite(grad_norm) else None,
-            "train/weight_mean": w[batch["t"]].mean().item(), "train/skipped_steps": state.skipped,
+            "train/weight_mean": w[batch["t"]].mean().item(), "train/skipped_steps": state.skipped.item(),
             "snr/mean": snr.mean().item(), "snr/min": snr.min().item(), "snr/max": snr.max().item()}
 
 
@@ -218,18 +265,19 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.signal, self._at_any_time = None, False
+        self.signal, self._at_any_time = 0, False
 
     def _handle(self, number: int, frame) -> None:
         self.signal = number
         if self._at_any_time:
             raise Stopped(number)
 
-    def check(self) -> None:
-        if self.signal is not None:
-            raise Stopped(self.signal)
+    def check(self, number: int | None = None) -> None:
+        number = self.signal if number is None else number
+        if number:
+            raise Stopped(number)
 
-    @contextmanager
+    @contextlib.contextmanager
     def at_any_time(self) -> Iterator[None]:
         self._at_any_time = True
         try:
@@ -238,7 +286,7 @@ class StopRequest:
         finally:
             self._at_any_time = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def installed(self) -> Iterator["StopRequest"]:
         """Inside, the two signals are handled here; outside, as before."""
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -255,7 +303,7 @@ class Clock:
     def __init__(self, since: int):
         self.seconds, self.since = Counter(), since
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
@@ -279,38 +327,48 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             raise another_version(run_dir, error) from error
     images, total = images.to(device), config.train.total_steps
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+    step_args = config, state, diffusion, w, images
     clock, saved_at = Clock(state.step), state.step
 
     def save():
         nonlocal saved_at
         if saved_at != state.step:
+            raise_if_failed(*step_args, batch)
             if not all(weight.isfinite().all() for weight in state.model.parameters()):
                 raise NonFiniteError("weights are not finite, after an update by a finite gradient", state.step)
-            with clock.timed("checkpoint"):
-                save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
+            if first():
+                with clock.timed("checkpoint"):
+                    save_checkpoint(run_dir / "checkpoints", state.state_dict(config))
             saved_at = state.step
 
     with StopRequest().installed() as stop, tqdm(total=total, initial=state.step, desc=config.exp, unit="step",
-                                                 disable=None) as progress:
+                                                 disable=None if first() else True) as progress:
         try:
+            look = True  # at what the device has computed; on CUDA that waits for it, so only where it must be
             while True:
                 if state.step > 0:
                     with stop.at_any_time():
                         measure(config, state, diffusion, images, held_out, distances, run_dir, clock)
-                    if state.step % config.log.every == 0 or state.step == total:
+                    if first() and (state.step % config.log.every == 0 or state.step == total):
                         log_timing(config, run_dir, state.step, clock)
                 if state.step == total:
-                    (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt
+                    if first():
+                        (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt
                     return
-                stop.check()
+                if look or world() == 1:
+                    stop.check(largest(stop.signal, device))  # all processes stop at one step
 
                 with clock.timed("train"):
-                    batch = train_step(config, state, diffusion, w, images)
+                    batch = train_step(*step_args)
+                    step = state.step
+                    look = device.type == "cpu" or step % config.log.every == 0
+                    if look:
+                        raise_if_failed(*step_args, batch)
                 progress.update()
-                step = state.step
                 if step % config.log.every == 0:
                     record = log_record(config, state, diffusion, w, batch)
-                    append_jsonl(run_dir / "loss.jsonl", record)
+                    if first():
+                        append_jsonl(run_dir / "loss.jsonl", record)
                     progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
                 if step % config.train.checkpoint_every == 0 or step % config.eval.every == 0 or step == total:
                     save()
@@ -335,23 +393,30 @@ def logged(path: Path, step: int) -> list[dict]:
     return [record for record in read_jsonl(path) if record["step"] == step]
 
 
+def logged_by_first(path: Path, step: int) -> list[dict]:
+    """The lines that process 0 finds: the others may read before or after it writes."""
+    return from_first(lambda: logged(path, step))
+
+
 def append_measured(path: Path, record: dict) -> None:
     """Append a line of measurements. Raises NonFiniteError for one that is NaN or infinite."""
     bad = [key for key, value in record.items() if any(
         isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value]))]
     if bad:
         raise NonFiniteError(f"measured for {path.name}, but not finite: {', '.join(bad)}", record["step"])
-    append_jsonl(path, record)
+    if first():
+        append_jsonl(path, record)
 
 
 def measure(config: Config, state: State, diffusion: Diffusion, images: Tensor, held_out: Tensor,
             distances: Distances | None, run_dir: Path, clock: Clock) -> None:
     """Measure and draw what is due at state.step and not yet in the run directory."""
     step, last = state.step, state.step == config.train.total_steps
-    if config.curvature.every and step % config.curvature.every == 0 and not logged(run_dir / "curvature.jsonl", step):
+    if config.curvature.every and step % config.curvature.every == 0:
         with clock.timed("curvature"):  # in a file of its own: loss.jsonl is the same with and without it
-            record = curvature_record(config, step, state.model, diffusion, images)
-            append_measured(run_dir / "curvature.jsonl", record)
+            if not logged_by_first(run_dir / "curvature.jsonl", step):
+                record = curvature_record(config, step, state.model, diffusion, images)
+                append_measured(run_dir / "curvature.jsonl", record)
     if step % config.eval.every == 0 or last:
         with clock.timed("evaluate"):
             evaluate_step(config, state, diffusion, held_out, distances, run_dir)
@@ -367,7 +432,7 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
     At the end a milestone takes the first samples of a final evaluation where these are the same whole chunks.
     """
     step, ev = state.step, config.eval
-    profiles = logged(run_dir / "per_t.jsonl", step)
+    profiles = logged_by_first(run_dir / "per_t.jsonl", step)
     if not profiles:
         profiles = [profile_record(step, state.model, state.ema, diffusion, held_out)]
         append_measured(run_dir / "per_t.jsonl", profiles[0])
@@ -375,7 +440,7 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
     due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     if step == config.train.total_steps:
         due += [("final", sampler, ev.final_n_samples) for sampler in ev.final_samplers]
-    done = {(r["kind"], r.get("sampler")) for r in logged(run_dir / "results.jsonl", step)}
+    done = {(r["kind"], r.get("sampler")) for r in logged_by_first(run_dir / "results.jsonl", step)}
     if distances is None:
         for kind in dict.fromkeys(kind for kind, _, _ in due):
             if (kind, None) not in done:
@@ -389,15 +454,16 @@ def evaluate_step(config: Config, state: State, diffusion: Diffusion, held_out: 
         drawn = longest[sampler] if n % CHUNK == 0 else n  # whole chunks are the same however many follow
         if (sampler, drawn) not in features:
             samples = sample_images(state.ema, diffusion, drawn, sampler, ev.nfe, config.seed, progress="samples")
-            features[sampler, drawn] = extract(distances.network, samples, progress="features").numpy()
+            features[sampler, drawn] = extract_shared(distances.network, samples, progress="features")
         record, estimates = distances.measure(features[sampler, drawn][:n])
         record = {"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, **record, **means}
-        name = metric_names(ev.features)[0]
-        milestones = [r for r in read_jsonl(run_dir / "results.jsonl") if r["kind"] == "milestone"]
-        if kind == "final" and milestones:
-            best = min(milestones, key=lambda r: r[name])
-            record |= {f"{name}_min": best[name], f"{name}_min_step": best["step"]}
-        save_influence(run_dir, record, estimates)
+        if first():
+            name = metric_names(ev.features)[0]
+            milestones = [r for r in read_jsonl(run_dir / "results.jsonl") if r["kind"] == "milestone"]
+            if kind == "final" and milestones:
+                best = min(milestones, key=lambda r: r[name])
+                record |= {f"{name}_min": best[name], f"{name}_min_step": best["step"]}
+            save_influence(run_dir, record, estimates)
         append_measured(run_dir / "results.jsonl", record)
 
 
@@ -405,11 +471,12 @@ def draw_grid(config: Config, state: State, diffusion: Diffusion, run_dir: Path)
     """EMA samples from the same noise at every step, so that the grids of a run show one picture forming."""
     grid = config.grid
     path = run_dir / "grids" / f"step_{state.step:06d}_{grid.sampler}{grid.nfe}.png"
-    if path.exists():
+    if from_first(path.exists):
         return
     samples = sample_images(state.ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, progress="grid")
-    path.parent.mkdir(exist_ok=True)
-    replace_file(path, grid_png(samples))
+    if first():
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, grid_png(samples))
 
 
 # ---- the run directory ----
@@ -427,7 +494,7 @@ def environment(device: torch.device) -> dict:
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
             "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(), "command": " ".join(sys.argv)}
+            "threads": torch.get_num_threads(), "processes": world(), "command": " ".join(sys.argv)}
 
 
 def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
@@ -450,11 +517,11 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
                    "elsewhere")
 
 
-def resumable(config: Config, run_dir: Path, device: torch.device) -> dict | None:
-    """The checkpoint to go on from, or None where the run was stopped before its first. Raises RunError."""
+def resumable(config: Config, run_dir: Path) -> dict | None:
+    """The checkpoint to go on from, on the CPU, or None where the run was stopped before its first. Raises RunError."""
     saved, started = None, Run(run_dir).config
     if any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS)):
-        saved = load_checkpoint(run_dir / "checkpoints", device, warn=lambda line: print(line, file=sys.stderr))
+        saved = load_checkpoint(run_dir / "checkpoints", warn=lambda line: print(line, file=sys.stderr))
         started = saved_config(saved, run_dir)
     old, new = flatten(started), flatten(config)
     for key in ("exp", *SETTABLE):
@@ -498,7 +565,7 @@ def rewind_logs(config: Config, run_dir: Path, step: int) -> None:
 
 def prepare(config: Config, run_dir: Path, device: torch.device, resume: bool) -> dict | None:
     """Make run_dir, whose lock is held, ready; return the checkpoint to go on from, or None. Raises RunError."""
-    saved = resumable(config, run_dir, device) if resume else None
+    saved = resumable(config, run_dir) if resume else None
     env_path, env = run_dir / "env.json", environment(device)
     if resume:
         rewind_logs(config, run_dir, 0 if saved is None else saved["step"])
@@ -523,46 +590,22 @@ def describe(config: Config, model: UNet) -> str:
 
 def dry_run(config: Config, device: torch.device) -> None:
     """Print the resolved config and what each phase will cost, from a few steps on random images."""
-    def seconds_of(work, repeats):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-        return sorted(times)[len(times) // 2]
-
     state, diffusion = new_state(config, device)
     print(describe(config, state.model))
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
     images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
-    per_step = seconds_of(lambda: train_step(config, state, diffusion, w, images), 7)
-    n = min(CHUNK, config.grid.n)
-    per_call = seconds_of(lambda: sample_images(state.ema, diffusion, n, "ddim", 1, config.seed), 3) / n
-
-    total, ev = config.train.total_steps, config.eval
-    milestones = total // ev.every
-    profile_calls = 2 * min(PROFILE_POINTS, diffusion.T) * ev.profile_images
-    phases = [("train", total, per_step),
-              ("per-t profile", math.ceil(total / ev.every), profile_calls * per_call),
-              ("grid", math.ceil(total / config.grid.every), config.grid.n * config.grid.nfe * per_call)]
-    if config.curvature.every:
-        per_record = seconds_of(lambda: curvature_record(config, 0, state.model, diffusion, images), 1)
-        phases.append(("curvature", total // config.curvature.every, per_record))
-    if ev.features != "none":
-        network = {"inception": InceptionV3, "lite0": Lite0}[ev.features]().to(device)  # speed needs no weights
-        per_image = seconds_of(lambda: network(images[:50]), 2) / 50
-        per_sample = ev.nfe * per_call + per_image
-        n_reference = {"cifar10": 50_000, "shapes": SHAPES_TRAIN}[config.data.name]
-        context = 3 * sum({ev.final_n_samples, ev.n_samples} if milestones else {ev.final_n_samples})
-        phases += [("statistics", 1, (n_reference + context) * per_image),  # unless cached in eval.stats_root
-                   ("milestone", milestones, ev.n_samples * per_sample),
-                   ("final", len(ev.final_samplers), ev.final_n_samples * per_sample)]
+    x_0 = to_model_range(images[torch.arange(config.train.batch_size) % len(images)])
+    t = torch.zeros(len(x_0), dtype=torch.int64, device=device)
+    held = memory(state.model, lambda: diffusion.eps_mse(state.network, x_0, t, x_0))
+    unit = measure_units(config, lambda: train_step(config, state, diffusion, w, images), state.ema, diffusion, images)
     print(f"\nestimate on {device}, {torch.get_num_threads()} threads:")
-    for phase, count, each in phases:
-        print(f"  {phase:14s} {count:>7,} x {each:10.3f} s = {count * each / 60:8.1f} min")
-    print(f"  {'all':14s} {sum(count * each for _, count, each in phases) / 60:35.1f} min")
+    minutes = 0.0
+    for phase in phases(config):
+        each = phase.seconds(unit)
+        minutes += phase.count * each / 60
+        print(f"  {phase.name:14s} {phase.count:>7,} x {each:10.3f} s = {phase.count * each / 60:8.1f} min")
+    print(f"  {'all':14s} {minutes:35.1f} min")
+    print("memory of training: " + " + ".join(f"{n / 2**20:.0f} MiB ({what})" for what, n in held.items()))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -596,40 +639,58 @@ def main(argv: list[str] | None = None) -> int:
         overrides.append(f"seed={args.seed}")
     if args.data_root is not None:
         overrides.append(f"data.root={json.dumps(args.data_root, ensure_ascii=False)}")
-    config, device = load_config(args.exp, overrides=overrides), check_device(args.device)
+    config, device = load_config(args.exp, overrides=overrides), check_device(own_device(args.device))
     if args.dry_run:
         dry_run(config, device)
         return 0
 
-    # All that can be refused is refused before anything is written.
+    with joined(device):
+        return run(args, config, device)
+
+
+def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
+    """The run that the command line asks for. All that can be refused is refused before anything is written."""
     run_dir = args.out / config.exp / f"seed{config.seed}"
-    check_start(run_dir, args.resume, args.overwrite)
+
+    def check() -> None:
+        if config.train.batch_size % world():
+            raise RunError(f"train.batch_size = {config.train.batch_size}: does not split over {world()} processes")
+        check_start(run_dir, args.resume, args.overwrite)
+
+    from_first(check)
     images, test = (load_images(config.data.name, config.data.root, split) for split in (True, False))
     distances = None
     if config.eval.features != "none":
         network = feature_network(config.eval.features, config.eval.inception_weights, device)
         distances = Distances(network, config.data.name, images, test, config.eval.stats_root)
         distances.check_cache()
-    with lock(run_dir):
-        check_start(run_dir, args.resume, args.overwrite)  # again: another process may have been faster
-        if config.train.amp and device.type != "cuda":
-            print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")
+    with contextlib.ExitStack() as stack:
+        def start() -> dict | None:
+            stack.enter_context(lock(run_dir))
+            check_start(run_dir, args.resume, args.overwrite)  # again: another process may have been faster
+            if config.train.amp and device.type != "cuda":
+                print(f"train.amp: mixed precision needs CUDA; on {device.type} this run trains in fp32")
+            return prepare(config, run_dir, device, args.resume)
+
+        launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         command = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
-        go_on = f"go on with: python {shlex.join([*command, '--resume'])}"
+        go_on = f"go on with: {launcher} {shlex.join([*command, '--resume'])}"
         try:
-            saved = prepare(config, run_dir, device, args.resume)
-            train(config, run_dir, device, images, test[:config.eval.profile_images], distances, saved)
+            train(config, run_dir, device, images, test[:config.eval.profile_images], distances, from_first(start))
         except Stopped as stopped:
-            print(f"train.py: stopped by {signal.Signals(stopped.signal).name}; {go_on}", file=sys.stderr)
+            if first():
+                print(f"train.py: stopped by {signal.Signals(stopped.signal).name}; {go_on}", file=sys.stderr)
             return 128 + stopped.signal
         except NonFiniteError as error:
-            replace_file(run_dir / "failure.json", json.dumps(error.dump, indent=2, allow_nan=False).encode())
-            print(f"train.py: {error}; see {run_dir / 'failure.json'}. The last checkpoint is untouched. A resume "
-                  "repeats it: every step is a function of seed and step", file=sys.stderr)
+            if first():
+                replace_file(run_dir / "failure.json", json.dumps(error.dump, indent=2, allow_nan=False).encode())
+                print(f"train.py: {error}; see {run_dir / 'failure.json'}. The last checkpoint is untouched. A resume "
+                      "repeats it: every step is a function of seed and step", file=sys.stderr)
             return 1
         except OSError as error:
             raise RunError(f"{error}; the last checkpoint is untouched: mend this, then {go_on}") from error
-    print(f"{config.exp}: {config.train.total_steps} steps done; see {run_dir}")
+    if first():
+        print(f"{config.exp}: {config.train.total_steps} steps done; see {run_dir}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -207,6 +208,22 @@ def test_a_loss_scale_changes_nothing(monkeypatch):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=0)
     for a, b in zip(results[0][1].values(), results[1][1].values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_training_agrees_with_plain():
+    results = []
+    for compiled in ("false", "true"):
+        config = small(f"train.compile={compiled}", "model.dropout=0", "model.channel_mults=[1]",
+                       "model.attn_resolutions=[]")
+        state, diffusion = train.new_state(config, torch.device("cpu"))
+        w, images = loss_weights(diffusion.snr, "minsnr", 5.0).float(), make_shapes(50)
+        out = [train.train_step(config, state, diffusion, w, images) for _ in range(4)]
+        results.append((torch.tensor([[o["loss"], o["grad_norm"]] for o in out]), state))
+    assert results[1][1].network is not results[1][1].model
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-6)
+    for p, q in zip(results[0][1].model.parameters(), results[1][1].model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)  # each step moves a weight by up to 1e-4
 
 
 def test_dropout_is_on_in_training_and_off_in_the_average():
