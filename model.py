@@ -46,6 +46,11 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return init_(nn.Conv2d(in_channels, out_channels, 1))
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a norm's output: in place where no gradient needs it, since sampling on a CPU waits for memory."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout that on a CPU takes 16 random bits a value, p to the nearest 2^-16.
 
@@ -76,9 +81,9 @@ class ResBlock(nn.Module):
         self.skip = conv1x1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         h += self.emb(emb)[:, :, None, None]  # emb has passed SiLU once, in UNet.forward
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
         h += self.skip(x)  # in place, twice: no gradient needs what a convolution has put out
         return h
 
@@ -99,7 +104,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C): no copy where x is channels_last
         q, k, v = qkv.reshape(B, H * W, 3, C).unbind(2)  # each (B, HW, C)
-        weights = torch.softmax((q @ k.transpose(1, 2)) * C**-0.5, dim=-1)  # (B, HW, HW), rows sum to 1
+        weights = torch.softmax((q * C**-0.5) @ k.transpose(1, 2), dim=-1)  # (B, HW, HW), rows sum to 1
         out = weights @ v  # (B, HW, C)
         return x + self.proj(out.reshape(B, H, W, C).permute(0, 3, 1, 2))
 
@@ -193,7 +198,7 @@ class UNet(nn.Module):
         h = run(self.middle, h, emb)
         for block in self.up:
             h = run(block, torch.cat([h, skips.pop()], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 def run(block: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:

@@ -83,6 +83,15 @@ def test_attention_equals_torchs_own():
     torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), x + net.proj(out))
 
 
+def test_sampling_computes_what_training_does():
+    """In place and without a graph, and the input is left alone."""
+    net, x, t = randomised(UNet(8)).eval(), torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
+    before, with_graph = x.clone(), net(x, t)
+    with torch.no_grad():
+        assert torch.equal(net(x, t), with_graph)
+    assert torch.equal(x, before)
+
+
 def test_dropout_drops_p_and_keeps_the_mean():
     x, dropout = torch.rand(16, 8, 32, 32) + 1, Dropout(0.3)
     seed_global(0, "dropout")
