@@ -252,7 +252,7 @@ def config_from_dict(table: dict, file: str) -> Config:
     return _resolve({key: (value, "config") for key, value in _flatten(table).items()}, file)
 
 
-TABLES = ("defaults", "experiments", "figures", "comparisons")
+TABLES = ("defaults", "experiments", "profiles", "figures", "comparisons")
 
 
 def _read(path: str | Path) -> tuple[dict[str, dict], str]:
@@ -299,13 +299,18 @@ def list_experiments(path: str | Path = EXPERIMENTS) -> list[str]:
     return list(_read(path)[0]["experiments"])
 
 
-def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[str] = ()) -> Config:
+def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[str] = (),
+                profile: str | None = None) -> Config:
     """The resolved config of experiment `exp`, with overrides such as "train.total_steps=300" laid over it.
 
-    An override's value is read as TOML, and as a bare string where it is not TOML. Raises ConfigError.
+    An override's value is read as TOML, and as a bare string where it is not TOML. profile: a table of [profiles], laid
+    over the experiment before the overrides; its tables by experiments' names hold what is for these and those that
+    extend them. Raises ConfigError.
     """
     tables, file = _read(path)
-    defaults, experiments = tables["defaults"], tables["experiments"]
+    defaults, experiments, profiles = tables["defaults"], tables["experiments"], tables["profiles"]
+    if profile is not None and profile not in profiles:
+        raise ConfigError(f"{file}: unknown profile {profile!r}{_nearest(profile, list(profiles))}")
     chain, name = [], exp
     while name is not None:
         if name not in experiments:
@@ -322,6 +327,12 @@ def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[st
         own = {key: value for key, value in _flatten(experiments[name]).items()
                if key != "extends" and (name == exp or key not in PER_EXPERIMENT)}
         raw |= {key: (value, f"[experiments.{name}]") for key, value in own.items()}
+    if profile is not None:
+        own = {name: table for name, table in profiles[profile].items() if name in experiments}
+        layers = [{key: value for key, value in profiles[profile].items() if key not in own},
+                  *(own.get(name, {}) for name in reversed(chain))]
+        for layer in layers:
+            raw |= {key: (value, f"[profiles.{profile}]") for key, value in _flatten(layer).items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()

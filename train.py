@@ -3,6 +3,7 @@
     python train.py --exp smoke                                        about a minute, no data, no network
     python train.py --exp E8c --data-root DIR                          the real thing, into runs/E8c/seed1077
     python train.py --exp E8c --set loss.gamma=3 --seed 1 --out runs_gamma3
+    python train.py --exp E8c --profile cpu                            evaluated at a size for two CPU cores
     python train.py --exp E8c --resume                                 go on from the last checkpoint
 """
 
@@ -157,6 +158,7 @@ def backward(config: Config, state: State, diffusion: Diffusion, w: Tensor, imag
     eps = torch.randn(*indices.shape, *images.shape[1:], generator=generator(seed, "eps", step))
     seed_global(seed, f"dropout/{rank()}" if rank() else "dropout", step, device)
 
+    state.optimizer.zero_grad()  # before the forward pass, which needs the memory
     own = share(len(indices))  # drawn for the whole batch, so that the number of processes changes none of it
     x_0 = to_model_range(images[indices[own].to(device)])  # (B, 3, 32, 32), B here and below this process's
     dtype = amp_dtype(config, device)
@@ -165,7 +167,6 @@ def backward(config: Config, state: State, diffusion: Diffusion, w: Tensor, imag
     losses = w[t[own]] * eps_mse  # the one line in which the arms of the study differ
     loss = losses.mean()
 
-    state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()  # several processes: the mean of their gradients
     state.scaler.unscale_(state.optimizer)  # before clipping, which must see the true gradient
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters()])
@@ -614,6 +615,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--exp", help="an experiment of experiments.toml, such as E8c")
     what.add_argument("--list", action="store_true", help="print the experiments and exit")
+    parser.add_argument("--profile", help="a table of [profiles] in experiments.toml, laid over the experiment")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key of the config; repeatable")
     parser.add_argument("--seed", type=int, help="short for --set seed=SEED")
@@ -639,7 +641,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides.append(f"seed={args.seed}")
     if args.data_root is not None:
         overrides.append(f"data.root={json.dumps(args.data_root, ensure_ascii=False)}")
-    config, device = load_config(args.exp, overrides=overrides), check_device(own_device(args.device))
+    config = load_config(args.exp, overrides=overrides, profile=args.profile)
+    device = check_device(own_device(args.device))
     if args.dry_run:
         dry_run(config, device)
         return 0

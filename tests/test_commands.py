@@ -48,6 +48,7 @@ REFUSED = [
     ("train.py", "--exp", "--exp: expected one argument"),
     ("train.py", "--exp smoke --list", "not allowed with"),
     ("train.py", "--exp smok", "unknown experiment 'smok'; did you mean smoke?"),
+    ("train.py", "--exp smoke --profile cpi", "unknown profile 'cpi'; did you mean cpu?"),
     ("train.py", "--exp E8d", "did you mean E8"),
     ("train.py", "--exp smoke --seed -1", "seed: -1 is out of range, must be >= 0"),
     ("train.py", "--exp smoke --seed 1.5", "invalid int value: '1.5'"),
