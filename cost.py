@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from data import SHAPES_TRAIN
+from data import SHAPES_TEST, SHAPES_TRAIN
 from diffusion import Diffusion
 from evaluate import CHUNK, PROFILE_POINTS, curvature_record, sample_images
 from fid import InceptionV3, Lite0
 from model import UNet
 
-N_REFERENCE = {"cifar10": 50_000, "shapes": SHAPES_TRAIN}  # training images
+N_IMAGES = {"cifar10": (50_000, 10_000), "shapes": (SHAPES_TRAIN, SHAPES_TEST)}  # to train on, to test with
 
 
 class Phase(NamedTuple):
@@ -43,9 +43,13 @@ def phases(config: Config) -> list[Phase]:
     if config.curvature.every:
         parts.append(Phase("curvature", total // config.curvature.every, {"probe": config.curvature.num_probes}))
     if ev.features != "none":
-        milestones = total // ev.every
-        context = 3 * sum({ev.final_n_samples, ev.n_samples} if milestones else {ev.final_n_samples})
-        parts += [Phase("statistics", 1, {"feature": N_REFERENCE[config.data.name] + context})]
+        milestones, N, N_test = total // ev.every, *N_IMAGES[config.data.name]
+        sizes = {ev.final_n_samples, ev.n_samples} if milestones else {ev.final_n_samples}
+        context = sum(n * (1 + (n <= N) + (n <= N_test)) for n in sizes)  # ceiling, floor, floor_test
+        parts += [Phase("statistics", 1, {"feature": N + context})]
+        if (total % ev.every == 0 and ev.n_samples % CHUNK == 0 and ev.n_samples <= ev.final_n_samples
+                and ev.sampler in ev.final_samplers):
+            milestones -= 1  # the last one's samples are the first of the final evaluation
         for name, count, n in (("milestone", milestones, ev.n_samples),
                                ("final", len(ev.final_samplers), ev.final_n_samples)):
             parts.append(Phase(name, count, {"call": n * ev.nfe, "feature": n}))

@@ -463,7 +463,8 @@ def run_script(main) -> None:
     try:
         sys.exit(main())
     except (ConfigError, DataError, CheckpointError, FeatureError, PeerError, RunError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":  # the same in all processes
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)

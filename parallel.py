@@ -55,12 +55,12 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The limit is for processes that hang. One that dies is seen at once, and torchrun then ends the others.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    # Longer than any piece of map_shared takes. A process that dies is seen at once by gloo, and by torchrun.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     try:
         yield
     except RuntimeError as error:
-        if "gloo" in str(error) or isinstance(error, dist.DistError):
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
             raise PeerError(f"process {rank()} of {world()}: another process has ended") from error
         raise
     finally:
@@ -112,6 +112,27 @@ def from_first(value: Callable[[], X]) -> X:
     if box[1]:
         sys.exit(2)  # process 0 says why
     return box[0]
+
+
+def in_turn(value: Callable[[], X]) -> X:
+    """value() of each process, the first on each machine before the others: it may download what they then find.
+
+    Where it raises in one, all of them end.
+    """
+    if world() == 1:
+        return value()
+    result = error = None
+    for turn in (True, False):
+        if (os.environ["LOCAL_RANK"] == "0") == turn:
+            try:
+                result = value()
+            except Exception as e:  # raised below, when the others know
+                error = e
+        if any(gathered(error is not None)):
+            if error is None:
+                sys.exit(2)
+            raise error
+    return result
 
 
 def map_shared(function: Callable[[int], X], count: int, progress: str | None = None) -> list[X]:

@@ -69,7 +69,7 @@ from evaluate import (
 )
 from fid import feature_network
 from model import UNet
-from parallel import first, from_first, gathered, joined, largest, mean, own_device, rank, share, world
+from parallel import first, from_first, gathered, in_turn, joined, largest, mean, own_device, rank, share, world
 from rng import generator, seed_global
 from weighting import loss_weights
 
@@ -101,8 +101,10 @@ class State:
         self.step = saved["step"]
         self.window.copy_(saved["window"])
         self.skipped.copy_(saved["skipped"])
-        for name in ("model", "ema", "optimizer", "scaler"):
+        for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
+        if saved["scaler"]:  # of a run in fp16
+            self.scaler.load_state_dict(saved["scaler"])
 
 
 def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
@@ -146,6 +148,16 @@ class NonFiniteError(FloatingPointError):
         self.dump = {"step": step, "what": what, **dump}
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; from pinned memory, since the host waits for a copy from any other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    dtype = amp_dtype(config, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def backward(config: Config, state: State, diffusion: Diffusion, w: Tensor, images: Tensor) -> dict[str, Tensor]:
     """The gradient of the batch that (seed, state.step) determines, left in the model's .grad.
 
@@ -154,16 +166,16 @@ def backward(config: Config, state: State, diffusion: Diffusion, w: Tensor, imag
     """
     seed, step, device = config.seed, state.step, images.device
     indices = batch_indices(seed, step, config.train.batch_size, len(images))
-    t = torch.randint(diffusion.T, indices.shape, generator=generator(seed, "t", step)).to(device)
+    t = torch.randint(diffusion.T, indices.shape, generator=generator(seed, "t", step))
     eps = torch.randn(*indices.shape, *images.shape[1:], generator=generator(seed, "eps", step))
     seed_global(seed, f"dropout/{rank()}" if rank() else "dropout", step, device)
 
     state.optimizer.zero_grad()  # before the forward pass, which needs the memory
     own = share(len(indices))  # drawn for the whole batch, so that the number of processes changes none of it
-    x_0 = to_model_range(images[indices[own].to(device)])  # (B, 3, 32, 32), B here and below this process's
-    dtype = amp_dtype(config, device)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        eps_mse = diffusion.eps_mse(state.network, x_0, t[own], eps[own].to(device))  # (B,)
+    x_0 = to_model_range(images[sent(indices[own], device)])  # (B, 3, 32, 32), B here and below this process's
+    t = sent(t, device)
+    with autocast(config, device):
+        eps_mse = diffusion.eps_mse(state.network, x_0, t[own], sent(eps[own], device))  # (B,)
     losses = w[t[own]] * eps_mse  # the one line in which the arms of the study differ
     loss = losses.mean()
 
@@ -209,15 +221,17 @@ def raise_if_failed(config: Config, state: State, diffusion: Diffusion, w: Tenso
     """
     if state.failed < 0:
         return
+    what = "loss {}, gradient norm {}"
     if state.failed < state.step - 1:
         state.step = int(state.failed)
         batch = backward(config, state, diffusion, w, images)
+        what = f"loss or gradient not finite; repeated, {what}"
     step, loss, grad_norm = int(state.failed) + 1, batch["loss"], batch["grad_norm"]
 
     def everywhere(own: Tensor) -> list:
         return [_json_number(x) for part in gathered(own.cpu()) for x in part]
 
-    raise NonFiniteError(f"loss {loss.item()}, gradient norm {grad_norm.item()}", step, seed=config.seed,
+    raise NonFiniteError(what.format(loss.item(), grad_norm.item()), step, seed=config.seed,
                          batch_indices=batch["indices"].tolist(), t=batch["t"].tolist(), loss=_json_number(loss),
                          loss_per_example=everywhere(batch["own_losses"]),
                          eps_mse_per_example=everywhere(batch["own_eps_mse"]), grad_norm=_json_number(grad_norm),
@@ -261,8 +275,8 @@ class Stopped(Exception):  # noqa: N818 (not an error)
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into Stopped, raised only where the training state is whole.
 
-    That is at check(), between two steps, and anywhere within `with stop.at_any_time()`: for measurements, which may
-    take an hour and change nothing that a checkpoint holds.
+    That is at check(stop.signal), between two steps, and anywhere within `with stop.at_any_time()`: for measurements,
+    which may take an hour and change nothing that a checkpoint holds.
     """
 
     def __init__(self):
@@ -273,8 +287,8 @@ class StopRequest:
         if self._at_any_time:
             raise Stopped(number)
 
-    def check(self, number: int | None = None) -> None:
-        number = self.signal if number is None else number
+    @staticmethod
+    def check(number: int) -> None:
         if number:
             raise Stopped(number)
 
@@ -282,7 +296,7 @@ class StopRequest:
     def at_any_time(self) -> Iterator[None]:
         self._at_any_time = True
         try:
-            self.check()
+            self.check(self.signal)
             yield
         finally:
             self._at_any_time = False
@@ -345,24 +359,25 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     with StopRequest().installed() as stop, tqdm(total=total, initial=state.step, desc=config.exp, unit="step",
                                                  disable=None if first() else True) as progress:
         try:
-            look = True  # at what the device has computed; on CUDA that waits for it, so only where it must be
             while True:
-                if state.step > 0:
+                if state.step > 0 and measures(config, state.step):
+                    if world() > 1:
+                        save()  # a process that ends while it measures takes the others with it
                     with stop.at_any_time():
                         measure(config, state, diffusion, images, held_out, distances, run_dir, clock)
-                    if first() and (state.step % config.log.every == 0 or state.step == total):
-                        log_timing(config, run_dir, state.step, clock)
+                if first() and state.step > 0 and (state.step % config.log.every == 0 or state.step == total):
+                    log_timing(config, run_dir, state.step, clock)
                 if state.step == total:
                     if first():
                         (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt
                     return
-                if look or world() == 1:
-                    stop.check(largest(stop.signal, device))  # all processes stop at one step
 
                 with clock.timed("train"):
                     batch = train_step(*step_args)
                     step = state.step
-                    look = device.type == "cpu" or step % config.log.every == 0
+                    saves = step % config.train.checkpoint_every == 0 or step % config.eval.every == 0 or step == total
+                    # On CUDA to look at what has been computed means to wait for it, so only where it must be.
+                    look = device.type == "cpu" or step % config.log.every == 0 or saves or measures(config, step)
                     if look:
                         raise_if_failed(*step_args, batch)
                 progress.update()
@@ -371,8 +386,10 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                     if first():
                         append_jsonl(run_dir / "loss.jsonl", record)
                     progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
-                if step % config.train.checkpoint_every == 0 or step % config.eval.every == 0 or step == total:
+                if saves:
                     save()
+                if look or world() == 1:
+                    stop.check(largest(stop.signal, device))  # all processes stop at one step
         except Stopped:
             save()
             raise
@@ -407,6 +424,12 @@ def append_measured(path: Path, record: dict) -> None:
         raise NonFiniteError(f"measured for {path.name}, but not finite: {', '.join(bad)}", record["step"])
     if first():
         append_jsonl(path, record)
+
+
+def measures(config: Config, step: int) -> bool:
+    """Whether measure() has anything to do at this step."""
+    everies = (config.curvature.every, config.eval.every, config.grid.every)
+    return step == config.train.total_steps or any(every and step % every == 0 for every in everies)
 
 
 def measure(config: Config, state: State, diffusion: Diffusion, images: Tensor, held_out: Tensor,
@@ -570,8 +593,8 @@ def prepare(config: Config, run_dir: Path, device: torch.device, resume: bool) -
     env_path, env = run_dir / "env.json", environment(device)
     if resume:
         rewind_logs(config, run_dir, 0 if saved is None else saved["step"])
-        first = read_json(env_path) if env_path.exists() else env
-        env = {**first, "resumed": [*first.get("resumed", []), env]}
+        started = read_json(env_path) if env_path.exists() else env
+        env = {**started, "resumed": [*started.get("resumed", []), env]}
     else:
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.json"):  # that one last: while it
             if path.name != LOCK:                                                          # is there, this is a run
@@ -597,7 +620,8 @@ def dry_run(config: Config, device: torch.device) -> None:
     images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
     x_0 = to_model_range(images[torch.arange(config.train.batch_size) % len(images)])
     t = torch.zeros(len(x_0), dtype=torch.int64, device=device)
-    held = memory(state.model, lambda: diffusion.eps_mse(state.network, x_0, t, x_0))
+    with autocast(config, device):
+        held = memory(state.model, lambda: diffusion.eps_mse(state.network, x_0, t, x_0))
     unit = measure_units(config, lambda: train_step(config, state, diffusion, w, images), state.ema, diffusion, images)
     print(f"\nestimate on {device}, {torch.get_num_threads()} threads:")
     minutes = 0.0
@@ -661,10 +685,10 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
         check_start(run_dir, args.resume, args.overwrite)
 
     from_first(check)
-    images, test = (load_images(config.data.name, config.data.root, split) for split in (True, False))
+    images, test = in_turn(lambda: [load_images(config.data.name, config.data.root, split) for split in (True, False)])
     distances = None
     if config.eval.features != "none":
-        network = feature_network(config.eval.features, config.eval.inception_weights, device)
+        network = in_turn(lambda: feature_network(config.eval.features, config.eval.inception_weights, device))
         distances = Distances(network, config.data.name, images, test, config.eval.stats_root)
         distances.check_cache()
     with contextlib.ExitStack() as stack:

@@ -24,11 +24,12 @@ def counted(config_name, *overrides):
     return total
 
 
-def test_the_phases_are_what_a_run_does(run_train, tmp_path, monkeypatch):
-    """Counted in the networks and the probe. n = 4 and 6 are no whole chunks, so final and milestone share none."""
-    overrides = ["eval.features=inception", "eval.n_samples=4", "eval.final_n_samples=6", "curvature.every=4",
-                 "curvature.num_probes=3", 'eval.final_samplers=["ddpm","ddim"]']
-    done, forward, probe = dict.fromkeys(("step", "call", "feature", "probe"), 0), UNet.forward, None
+@pytest.mark.parametrize("n, final_n", [(4, 6), (100, 120)])
+def test_the_phases_are_what_a_run_does(run_train, tmp_path, monkeypatch, n, final_n):
+    """Counted in the networks and the probe. At whole chunks the last milestone's samples are of the final ones."""
+    overrides = ["eval.features=inception", f"eval.n_samples={n}", f"eval.final_n_samples={final_n}",
+                 "curvature.every=4", "curvature.num_probes=3", 'eval.final_samplers=["ddpm","ddim"]']
+    done, forward = dict.fromkeys(("step", "call", "feature", "probe"), 0), UNet.forward
 
     def unet(self, x_t, t):
         if isinstance(x_t, torch.Tensor) and not probing:

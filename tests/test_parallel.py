@@ -10,7 +10,7 @@ import time
 import numpy
 import pytest
 import torch
-from conftest import ROOT, same, small_run_flags
+from conftest import ROOT, small_run_flags
 
 import parallel
 from checkpoint import load_checkpoint, read_jsonl
@@ -151,8 +151,44 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_and_the_command_that_goes_on(al
     assert all(close(lines, logs(run_dir)[name]) for name, lines in logs(alone).items())
 
 
+def test_sigterm_to_one_process_stops_both_at_one_step(tmp_path):
+    out, everything_due = tmp_path / "runs", ("curvature.every=1", "grid.every=1", "train.total_steps=40")
+    before = """
+import os, signal
+real = train.train_step
+def asks_to_stop(config, state, *args):
+    if state.step == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(config, state, *args)
+train.train_step = asks_to_stop
+"""
+    status, _, err = finish(start(2, out, *everything(tmp_path), *small_run_flags(*everything_due), before=before))
+    (line,) = ours(err)
+    assert status != 0 and "stopped by SIGTERM" in line
+    assert load_checkpoint(out / "smoke" / "seed1077" / "checkpoints")["step"] == 6
+
+
+def test_sigterm_within_a_measurement_loses_nothing(tmp_path):
+    out = tmp_path / "runs"
+    before = """
+import os, signal
+real = train.draw_grid
+def asks_to_stop(config, state, *args):
+    if state.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(config, state, *args)
+train.draw_grid = asks_to_stop
+"""
+    status, _, err = finish(start(2, out, *everything(tmp_path), "--set", "grid.every=3", before=before))
+    (line,) = ours(err)
+    assert status != 0 and "stopped by SIGTERM" in line
+    assert load_checkpoint(out / "smoke" / "seed1077" / "checkpoints")["step"] == 3  # due at 4 and 6 only
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--set", "train.batch_size=5"], "does not split over 2 processes"),
+    (["--set", "train.batch=5"], "unknown key train.batch"),
+    (["--set", "data.name=cifar10", "--data-root", str(ROOT / "tests" / "test_house.py")], "cifar10: "),
     (["--resume"], "no run to resume"),
 ])
 def test_what_cannot_work_is_refused_once(tmp_path, flags, message):
@@ -181,9 +217,11 @@ diffusion.Diffusion.eps_mse = eps_mse
     assert len(dump["t"]) == len(dump["batch_indices"]) == 4
 
 
-def test_one_process_is_the_identity():
+def test_one_process_is_the_identity(monkeypatch):
     assert (parallel.rank(), parallel.world(), parallel.first()) == (0, 1, True)
     x = torch.tensor([1.0])
     assert parallel.mean(x) is x and parallel.gathered(3) == [3] and parallel.from_first(lambda: 4) == 4
     assert parallel.map_shared(lambda i: i * i, 4) == [0, 1, 4, 9] and range(6)[parallel.share(6)] == range(6)
-    assert same(parallel.own_device("cpu"), "cpu")
+    assert [parallel.own_device(name) for name in ("cpu", "cuda", "cuda:0")] == ["cpu", "cuda", "cuda:0"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [parallel.own_device(name) for name in ("cpu", "cuda", "cuda:0")] == ["cpu", "cuda:1", "cuda:0"]

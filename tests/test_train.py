@@ -225,6 +225,29 @@ def test_compiled_training_agrees_with_plain():
     for p, q in zip(results[0][1].model.parameters(), results[1][1].model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)  # each step moves a weight by up to 1e-4
 
+    config = small("train.compile=true", "model.dropout=0.5", "model.channel_mults=[1]", "model.attn_resolutions=[]")
+    twice = []
+    for _ in range(2):  # masks of its own, yet a function of seed and step
+        state, diffusion = train.new_state(config, torch.device("cpu"))
+        twice.append([train.train_step(config, state, diffusion, w, images)["loss"].item() for _ in range(3)])
+    assert twice[0] == twice[1] and len(set(twice[0])) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", ["false", "true"])
+def test_no_step_waits_for_the_gpu(amp):
+    config, device = small(f"train.amp={amp}"), torch.device("cuda")
+    state, diffusion = train.new_state(config, device)
+    w, images = loss_weights(diffusion.snr, "minsnr", 5.0).float(), make_shapes(50).to(device)
+    train.train_step(config, state, diffusion, w, images)  # the first one makes the optimiser's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            train.train_step(config, state, diffusion, w, images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad.stride() == p.stride() for p in state.model.parameters())  # as fused Adam wants it
+
 
 def test_dropout_is_on_in_training_and_off_in_the_average():
     state, _ = train.new_state(small(), torch.device("cpu"))
