@@ -376,8 +376,9 @@ def markdown(result: dict) -> str:
     if result["quick"]:
         lines += ["`--quick`: tiny sizes, of which no time means anything.", ""]
     lines += ["Medians of interleaved rounds in one process. gain: how many times better ours is, median (range) "
-              "over the rounds. floor: FLOPs over the rate of matrix products. steps: in training steps at batch 4. Peers "
-              "are called as their examples do, so diffusers' step has torch's default Adam, ours the fused one.", "",
+              "over the rounds. floor: FLOPs over the rate of matrix products. steps: in training steps at batch 4. "
+              "Peers are called as their examples do, so diffusers' step has torch's default Adam, ours the fused "
+              "one.", "",
               "| work | peer | ours | peer's | gain | rounds | floor | ours / floor | steps: ours, peer's |",
               "|---|---|---|---|---|---|---|---|---|"]
     for r in result["rows"]:
