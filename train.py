@@ -81,7 +81,7 @@ LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing
 
 @dataclass
 class State:
-    """Everything that a checkpoint holds: training goes on from it bit for bit."""
+    """All that training changes. A checkpoint holds it but for the last two; training goes on from it bit for bit."""
     step: int                               # updates done
     model: UNet
     ema: UNet                               # exponential moving average of model's weights, always in eval mode
