@@ -168,20 +168,20 @@ train.train_step = asks_to_stop
     assert load_checkpoint(out / "smoke" / "seed1077" / "checkpoints")["step"] == 6
 
 
-def test_sigterm_within_a_measurement_loses_nothing(tmp_path):
+def test_sigterm_to_one_process_within_a_measurement_loses_nothing(tmp_path):
+    """It ends there, and process 0 with it; the step's checkpoint was written before."""
     out = tmp_path / "runs"
     before = """
 import os, signal
 real = train.draw_grid
 def asks_to_stop(config, state, *args):
-    if state.step == 3:
+    if state.step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return real(config, state, *args)
 train.draw_grid = asks_to_stop
 """
-    status, _, err = finish(start(2, out, *everything(tmp_path), "--set", "grid.every=3", before=before))
-    (line,) = ours(err)
-    assert status != 0 and "stopped by SIGTERM" in line
+    status, _, _ = finish(start(2, out, *everything(tmp_path), "--set", "grid.every=3", before=before))
+    assert status != 0
     assert load_checkpoint(out / "smoke" / "seed1077" / "checkpoints")["step"] == 3  # due at 4 and 6 only
 
 
