@@ -287,11 +287,10 @@ def feature_network(name: str, weights: str | Path | None = None, device="cpu") 
     return network.to(device)
 
 
-def extract(network: nn.Module, images: Tensor, batch_size: int = 50, progress: str | None = None) -> Tensor:
-    """float32 (N, network.dim) on the CPU, from uint8 images (N, 3, H, W). progress: label of a bar, or None."""
+def extract(network: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
+    """float32 (N, network.dim) on the CPU, from uint8 images (N, 3, H, W)."""
     device = next(network.parameters()).device
-    starts = tqdm(range(0, len(images), batch_size), desc=progress, leave=False, disable=None if progress else True)
-    return torch.cat([network(images[i:i + batch_size].to(device)).cpu() for i in starts])
+    return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
 
 
 # ---- moments ----

@@ -399,7 +399,7 @@ def test_published_value_on_cifar10(published_inception, cifar10_root):
     for train in (True, False):
         images = load_images("cifar10", cifar10_root, train)
         chosen = np.random.RandomState(2020).choice(len(images), 5000, replace=False)
-        stats.append(FeatureStats(2048).update(fid.extract(published_inception, images[chosen], progress="features")))
+        stats.append(FeatureStats(2048).update(fid.extract(published_inception, images[chosen])))
     a, b = stats
     assert frechet_distance(a.mean, a.cov, b.mean, b.cov, "eigh") == pytest.approx(10.32333, abs=0.01)
 
