@@ -30,7 +30,7 @@ matplotlib.rcParams.update({
     "figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "plots",
 })
-SMOOTH = 5  # records of a running mean
+SMOOTH = 5  # records of a running mean; of log lines as many as a twentieth of the run has, where that is more
 
 # One look per arm in every figure: hues that colour-blind readers tell apart (Okabe & Ito), and for print in grey also
 # a dash and a marker of its own.
@@ -106,10 +106,19 @@ def finish(fig: Figure, caption: str) -> Figure:
     return fig
 
 
-def smooth(y) -> np.ndarray:
-    """Running mean over SMOOTH records, over fewer at both ends."""
-    y, half = np.asarray(y, dtype=float), SMOOTH // 2
+def smooth(y, window: int = SMOOTH) -> np.ndarray:
+    """Running mean over `window` records (an even one counts as the next odd), over fewer at both ends."""
+    y, half = np.asarray(y, dtype=float), window // 2
     return np.array([y[max(0, i - half):i + half + 1].mean() for i in range(len(y))])
+
+
+def lines_smoothed(run: Run) -> int:
+    """Log lines of a running mean, so that it is equally smooth however often a run has logged."""
+    return max(SMOOTH, run.config.train.total_steps // 20 // run.config.log.every)
+
+
+def smoothed_steps(runs: list[Run]) -> str:
+    return " and ".join(f"{n:,}" for n in sorted({lines_smoothed(run) * run.config.log.every for run in runs}))
 
 
 def seeds_note(runs: list[Run]) -> str:
@@ -244,12 +253,12 @@ def draw_loss(ax, runs: list[Run], until: int | None = None) -> str:
     look = looks(runs)
     for run in runs:
         records = [r for r in run.log("loss") if until is None or r["step"] <= until]
-        line(ax, run, look[run.exp], column(records, "step"), smooth(column(records, "train/eps_mse_mean")))
+        errors = smooth(column(records, "train/eps_mse_mean"), lines_smoothed(run))
+        line(ax, run, look[run.exp], column(records, "step"), errors)
     ax.set_yscale("log")
     log_axis(ax.yaxis)
     ax.set_ylabel("train eps-MSE")
-    return (f"unweighted eps-MSE, so that arms compare: mean over {run.config.log.every} steps, smoothed over {SMOOTH} "
-            "such means.")
+    return f"unweighted eps-MSE, so that arms compare: running mean over {smoothed_steps(runs)} steps."
 
 
 def distance_and_loss_vs_steps(runs: list[Run], until: int | None = None) -> Figure:
@@ -268,14 +277,15 @@ def draw_grad_norm(ax, runs: list[Run]) -> str:
         records = [r for r in run.log("loss") if r["train/grad_global_L2"] is not None]
         steps, norms = column(records, "step"), column(records, "train/grad_global_L2")
         ax.plot(steps, norms, linestyle="none", marker=".", markersize=2, alpha=0.35, color=look[run.exp]["color"])
-        line(ax, run, look[run.exp], steps, smooth(norms))
+        line(ax, run, look[run.exp], steps, smooth(norms, lines_smoothed(run)))
     ax.axhline(run.config.train.grad_clip, color="#777777", linestyle=(0, (1, 1)), linewidth=1)
     ax.annotate("clip", (1, run.config.train.grad_clip), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                 fontsize=7.5, color="#555555")
     ax.set_yscale("log")
     log_axis(ax.yaxis)
     ax.set_ylabel("gradient norm (global L2)")
-    return f"Gradient norm before clipping: dots are single steps, lines running means over {SMOOTH} of them."
+    return ("Gradient norm before clipping: dots are single steps, lines their running mean over "
+            f"{smoothed_steps(runs)} steps.")
 
 
 def grad_norm(runs: list[Run]) -> Figure:

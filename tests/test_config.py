@@ -69,7 +69,7 @@ def test_a_profile_is_laid_over_experiments_and_its_tables_over_the_one_they_nam
         assert small.eval.features == "lite0" and small.eval.final_n_samples == 2000 and small.eval.n_samples == 300
         assert small.eval.final_samplers == samplers and small.curvature.every == every
         changed = {key for key, value in flatten(small).items() if flatten(plain)[key] != value}
-        assert {key.split(".")[0] for key in changed} <= {"eval", "curvature"}
+        assert {key.split(".")[0] for key in changed} <= {"eval", "curvature", "log"}
     with pytest.raises(ConfigError, match="unknown profile 'cpi'; did you mean cpu"):
         load_config("E5", profile="cpi")
 

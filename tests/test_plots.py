@@ -122,9 +122,9 @@ def test_distance_and_loss(one_seed):
     (drawn,) = lines_of(loss, E5)
     assert drawn.get_xdata().tolist() == [r["step"] for r in logged] and drawn.get_xdata()[-1] == 40
     values = [r["train/eps_mse_mean"] for r in logged]
-    assert drawn.get_ydata()[5] == pytest.approx(np.mean(values[3:8])) and "smoothed over 5" in caption(fig)
+    assert drawn.get_ydata()[5] == pytest.approx(np.mean(values[3:8]))
     assert drawn.get_ydata()[0] == pytest.approx(np.mean(values[:3]))
-    assert loss.get_ylabel() == "train eps-MSE" and "mean over 2 steps" in caption(fig)
+    assert loss.get_ylabel() == "train eps-MSE" and "running mean over 10 steps" in caption(fig)
 
 
 def test_grad_norm(one_seed):
@@ -133,6 +133,18 @@ def test_grad_norm(one_seed):
     norms = [r["train/grad_global_L2"] for r in records(one_seed, "E6", "loss")]
     assert dots.get_ydata().tolist() == norms and smoothed.get_ydata()[10] == pytest.approx(np.mean(norms[8:13]))
     assert lines_of(ax, "#777777")[0].get_ydata()[0] == 1.0 and ax.texts[0].get_text() == "clip"
+
+
+def test_runs_that_log_often_are_not_drawn_less_smooth(one_seed):
+    (run,) = plots.find_runs(one_seed, "E5")
+    assert plots.lines_smoothed(run) == plots.SMOOTH and plots.smoothed_steps([run]) == "10"
+    for steps, every, window in ((10_000, 100, 5), (5_000, 10, 25), (50_000, 100, 25)):
+        path = one_seed / "E5" / "seed1077" / "config.json"
+        config = json.loads(path.read_text())
+        config["train"]["total_steps"], config["log"]["every"] = steps, every
+        path.write_text(json.dumps(config))
+        (run,) = plots.find_runs(one_seed, "E5")
+        assert plots.lines_smoothed(run) == window
 
 
 def test_per_t_and_effective_loss(one_seed):
