@@ -337,6 +337,12 @@ def save_influence(run_dir: Path, record: dict, estimates: dict[str, Estimate]) 
     replace_file(path, npz.getvalue())
 
 
+def paired_stderr(influence_b: np.ndarray, influence_a: np.ndarray) -> float:
+    """Standard error of the difference of two estimates from their influences, sample i of both from the same x_T."""
+    pull = influence_b.astype(np.float64) - influence_a
+    return float(pull.std(ddof=1) / len(pull)**0.5)
+
+
 def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     """b minus a for every distance that both runs have measured alike, with the error of the difference.
 
@@ -368,8 +374,8 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
         for name in metric_names(a["features"]):
             if not len(influence_a.get(name, ())) == len(influence_b.get(name, ())) == a["n"]:
                 raise RunError(f"{paths[0]} and {paths[1]}: do not hold the {a['n']} samples of {name} each")
-            pull = influence_b[name].astype(np.float64) - influence_a[name]
-            record |= {name: b[name] - a[name], f"{name}_stderr": float(pull.std(ddof=1) / len(pull)**0.5)}
+            record |= {name: b[name] - a[name],
+                       f"{name}_stderr": paired_stderr(influence_b[name], influence_a[name])}
         differences.append(record)
     if not differences:
         raise RunError(f"{run_a} and {run_b} have no distance in common")

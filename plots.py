@@ -389,7 +389,8 @@ def curvature_vs_distance(runs: list[Run]) -> Figure:
         below = list(look).index(run.exp) % 2  # else the labels of two arms that are close cover each other
         for i in sorted({0, len(points) - 1}):
             ax.annotate(f"{points[i]['step']:,}", (x[i], y[i]), textcoords="offset points", fontsize=7.5,
-                        xytext=(6, -12 if below else 6), color=look[run.exp]["color"])
+                        xytext=(6, -12) if below else (-6, 6), ha="left" if below else "right",
+                        color=look[run.exp]["color"])
         used += points
     ax.set(xlabel="Hessian trace of the unweighted loss", ylabel=name)
     ax.margins(0.15)

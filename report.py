@@ -1,8 +1,9 @@
-"""What a comparison of two arms shows, as Markdown and as one HTML page; and the experiments' own pages.
+"""What a comparison of two arms shows, as Markdown and as one HTML page; and what is generated of pages by hand.
 
     python report.py min_snr_10k                   a comparison of experiments.toml, from runs/
     python report.py E5 E6 --runs DIR              any two experiments: baseline, then arm
-    python report.py --pages                       bring docs/experiments/E*.md up to date with experiments.toml
+    python report.py --pages                       bring docs/experiments/E*.md up to date with experiments.toml,
+                                                   the README's table of results with docs/experiments/results
 
 An arm is compared with its baseline seed by seed. What differs between their configs besides the declared factor ends
 the comparison, unless --force is given. Verdicts follow the criteria that were registered before the runs.
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ KINDS = ("distance_and_loss_vs_steps", "curvature_vs_steps", "curvature_vs_dista
          "grids")                                 # of figures in a report, where they can be drawn
 ROOT = Path(__file__).parent
 PAGES = ROOT / "docs" / "experiments"
+KEPT = PAGES / "results"                          # logs, grids and influences of the study's runs, without checkpoints
 
 
 # ---- numbers with errors ----
@@ -228,9 +231,12 @@ def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change
     order = ("milestone", "final", "frontier")
     for point, seeds in sorted(rows.items(), key=lambda row: (order.index(row[0][0]), row[0])):
         kind, step, sampler, nfe, n, features = point
-        floor, ceiling = (seeds[0][0][key] or math.nan for key in ("floor", "ceiling"))
         fd, kid = metric_names(features)
-        contexts[n, features] = f"{fd} at n = {n:,}: floor {floor:.4g}, ceiling {ceiling:.4g}"
+        floor, test, ceiling, kid_test, kid_ceiling = (
+            math.nan if seeds[0][0][key] is None else seeds[0][0][key]
+            for key in ("floor", "floor_test", "ceiling", "kid_floor_test", "kid_ceiling"))
+        contexts[n, features] = (f"at n = {n:,} {fd} has floor {floor:.4g} (test images {test:.4g}) and ceiling "
+                                 f"{ceiling:.4g}, {kid} {kid_test:.2g} and {kid_ceiling:.4g}")
         for key in (fd, kid):
             one, two, difference = ([Measured(s[i][key], s[i][f"{key}_stderr"]) for s in seeds] for i in range(3))
             change = pooled([Measured(d.value / abs(base.value), d.stderr / abs(base.value))
@@ -242,8 +248,8 @@ def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change
                 changes.append(Change(f"{key}, {sampler.upper()} {nfe}, n = {n:,}", change, DISTANCE_CRITERION,
                                       registered))
     context = (f"Lower is better; {b} minus {a}, with the error of their paired samples, relative to {a}. Reference: "
-               f"{seeds[0][0]['reference']}. Context: {'; '.join(contexts.values())} (floor: training images, ceiling: "
-               "uniform noise). Only figures of one n compare.")
+               f"{seeds[0][0]['reference']}. Context: {'; '.join(contexts.values())} (floor: training images, for KID "
+               "test images; ceiling: uniform noise). Only figures of one n compare.")
     fd = metric_names(pairs[0][0].config.eval.features)[0]
     best = [(run, min((r for r in run.results("milestone") if fd in r), key=lambda r: r[fd], default=None))
             for pair in pairs for run in pair]
@@ -333,6 +339,31 @@ def training_section(pairs: list[tuple[Run, Run]]) -> Section:
         f"Means over log lines. {note} Gradient norms are those of each arm's own loss, before clipping."])
 
 
+def profile_section(pairs: list[tuple[Run, Run]]) -> Section:
+    """The unweighted held-out error at each t of the profile, at the end of what both arms have."""
+    a, b = (run.exp for run in pairs[0])
+    lines = []
+    for pair in pairs:
+        by_step = [{r["step"]: r for r in run.log("per_t")} if run.has("per_t") else {} for run in pair]
+        if by_step[0] and by_step[1]:
+            same_length = pair[0].config.train.total_steps == pair[1].config.train.total_steps
+            last = [max(by_step[0].keys() & by_step[1].keys(), default=None)] * 2 if same_length else map(max, by_step)
+            lines.append([log.get(step) for log, step in zip(by_step, last, strict=True)])
+    if not lines or not all(map(all, lines)) or any(r["t"] != lines[0][0]["t"] for pair in lines for r in pair):
+        return Section("Error at each timestep", ["Not measured in both arms at a common step, or not at the same t."])
+    rows = []
+    for i, t in enumerate(lines[0][0]["t"]):
+        one, two = ([Measured(pair[k]["eps_mse_ema"][i]) for pair in lines] for k in (0, 1))
+        relative = [over_seeds([Measured(round(100 * (y[key][i] / x[key][i] - 1), 1)) for x, y in lines]) + " %"
+                    for key in ("eps_mse_ema", "eps_mse_raw")]
+        rows.append([str(t), over_seeds(one), over_seeds(two), *relative])
+    first = lines[0][0]
+    return Section("Error at each timestep", [
+        Table(["t", a, b, f"{b} to {a}", "raw weights"], rows),
+        f"Unweighted eps-MSE of the EMA weights at step {first['step']:,} on {first['n']} held-out images with fixed "
+        "eps: the same for both arms, so that their ratio is steadier than either. It has no error of its own."])
+
+
 def verdict_section(pairs: list[tuple[Run, Run]], distances: list[Change], traces: list[Change]) -> Section:
     """A row per measure; and the trace's registered criterion, which only both traces together can meet."""
     finished = all(run.finished for pair in pairs for run in pair)
@@ -365,18 +396,20 @@ def compare(pairs: list[tuple[Run, Run]], factor: list[str], force: bool, notes:
     distance, distance_changes = distance_section(pairs)
     trace, trace_changes = trace_section(pairs)
     return [verdict_section(pairs, distance_changes, trace_changes), config_section(pairs, notes),
-            compute_section(pairs), distance, trace, training_section(pairs)]
+            compute_section(pairs), distance, trace, profile_section(pairs), training_section(pairs)]
 
 
 # ---- Markdown and HTML ----
 
-def to_markdown(title: str, sections: list[Section], figures: dict[str, Path]) -> str:
-    def table(t):
-        return "\n".join("| " + " | ".join(row) + " |" for row in [t.header, ["---"] * len(t.header), *t.rows])
+def table_to_markdown(table: Table) -> str:
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
+
+def to_markdown(title: str, sections: list[Section], figures: dict[str, Path]) -> str:
     blocks = [f"# {title}"]
     for section in sections:
-        blocks += [f"## {section.title}", *(table(p) if isinstance(p, Table) else p for p in section.parts)]
+        blocks += [f"## {section.title}", *(table_to_markdown(p) if isinstance(p, Table) else p for p in section.parts)]
     blocks += [f"![{kind}]({path.name})" for kind, path in figures.items()]
     return "\n\n".join(blocks) + "\n"
 
@@ -454,26 +487,62 @@ def generated_block(exp: str) -> str:
                         MARKS[1]])
 
 
+def fill(text: str, before: str, content: str, where: str) -> str:
+    """The text with its one generated block, and what stands before it from the pattern `before`, made new."""
+    pattern = re.compile(rf"{before}{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+    if not pattern.search(text) or text.count(MARKS[0]) != 1:
+        raise RunError(f"{where}: needs the lines {MARKS[0]} and {MARKS[1]}" + " below a title" * bool(before))
+    return pattern.sub(lambda _: content, text)  # of a function, since content may hold backslashes
+
+
 def update_page(text: str, exp: str) -> str:
     """The page with its title and generated block as experiments.toml has them now. Raises RunError."""
-    pattern = re.compile(rf"\A# .*?{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
-    if not pattern.match(text):
-        raise RunError(f"docs/experiments/{exp}.md: must begin with a title and the lines {MARKS[0]} and {MARKS[1]}")
     block = f"# {exp}: {load_config(exp).title}\n\n{generated_block(exp)}"
-    return pattern.sub(lambda _: block, text, count=1)
+    return fill(text, r"\A# [^\n]*\n+", block, f"docs/experiments/{exp}.md")
+
+
+def results_table(root: Path) -> Table:
+    """Every final distance of the finished runs below root, and then floor and ceiling at each n and features."""
+    rows, context = [], {}
+    for exp in list_experiments():
+        found = {}
+        for run in find_runs(root, exp):
+            for r in run.results("final") if run.finished else []:
+                found.setdefault((r["features"], r["sampler"], r["nfe"], r["n"]), []).append((run, r))
+        for (features, sampler, nfe, n), lines in found.items():
+            config, keys = lines[0][0].config, metric_names(features)
+            loss = config.loss.weighting + (f", {config.loss.gamma:g}" if config.loss.weighting != "constant" else "")
+            values = [over_seeds([Measured(r[key], r[f"{key}_stderr"]) for _, r in lines]) for key in keys]
+            rows.append([f"[{exp}](docs/experiments/{exp}.md)", loss,
+                         f"{config.model.base_channels}, {config.train.total_steps:,}",
+                         ", ".join(str(run.seed) for run, _ in lines), features, f"{sampler.upper()} {nfe}", f"{n:,}",
+                         *values])
+            context[features, n] = lines[0][1]
+    for (features, n), r in sorted(context.items()):
+        for name, text in (("floor", "floor: training images"), ("floor_test", "floor: test images"),
+                           ("ceiling", "ceiling: uniform noise")):
+            values = ["" if r.get(key) is None else format(r[key], spec)
+                      for key, spec in ((name, ".4g"), (f"kid_{name}", ".4f"))]
+            rows.append([text, "", "", "", features, "", f"{n:,}", *values])
+    return Table(["", "weighting, gamma", "base, steps", "seeds", "features", "sampler, NFE", "n", "Fréchet distance",
+                  "KID"], rows)
+
+
+def update_readme(text: str, root: Path = KEPT) -> str:
+    """The README with its table of results as the runs below root have them. Raises RunError."""
+    return fill(text, "", "\n\n".join([MARKS[0], table_to_markdown(results_table(root)), MARKS[1]]), "README.md")
 
 
 def update_pages() -> None:
-    """Rewrite what changed of docs/experiments/EXP.md, for every experiment but smoke."""
-    for exp in list_experiments():
-        path = PAGES / f"{exp}.md"
-        if exp != "smoke":
-            if not path.exists():
-                raise RunError(f"{path}: missing; write it (hypothesis, metrics, success criteria) before the run")
-            text = path.read_text(encoding="utf-8")
-            if update_page(text, exp) != text:
-                replace_file(path, update_page(text, exp).encode())
-                print(path)
+    """Rewrite what changed of README.md, and of docs/experiments/EXP.md for every experiment but smoke."""
+    pages = {PAGES / f"{exp}.md": partial(update_page, exp=exp) for exp in list_experiments() if exp != "smoke"}
+    for path, update in ({ROOT / "README.md": update_readme} | pages).items():
+        if not path.exists():
+            raise RunError(f"{path}: missing; write it (hypothesis, metrics, success criteria) before the run")
+        text = path.read_text(encoding="utf-8")
+        if update(text) != text:
+            replace_file(path, update(text).encode())
+            print(path)
 
 
 # ---- the command ----

@@ -166,6 +166,27 @@ def test_runs_of_different_length_are_compared_at_their_own_ends(runs):
     assert "nothing is paired" in found["Training"].parts[1]
 
 
+def test_profiles_are_compared_at_the_last_step_of_both(runs):
+    base = {r["step"]: r for r in map(json.loads, (runs / "E5/seed1077/per_t.jsonl").read_text().splitlines())}
+    last = max(base)
+
+    def change(r):
+        factor = 1.5 if r["step"] == last else 9
+        return r | {"eps_mse_ema": [x * factor for x in base[r["step"]]["eps_mse_ema"]],
+                    "eps_mse_raw": [x / 2 for x in base[r["step"]]["eps_mse_raw"]]}
+
+    edit(runs, "E6", "per_t.jsonl", change)
+    section = sections(runs)["Error at each timestep"]
+    rows = section.parts[0].rows
+    assert [row[0] for row in rows] == [str(t) for t in base[last]["t"]] and f"at step {last}" in section.parts[1]
+    assert {(row[3], row[4]) for row in rows} == {("50 %", "-50 %")}
+    assert rows[0][1] == f"{base[last]['eps_mse_ema'][0]:.4g}"
+    edit(runs, "E6", "per_t.jsonl", lambda r: r | {"t": [t + 1 for t in r["t"]]})
+    assert "Not measured" in sections(runs)["Error at each timestep"].parts[0]
+    (runs / "E6/seed1077/per_t.jsonl").write_text("")
+    assert "Not measured" in sections(runs)["Error at each timestep"].parts[0]
+
+
 def test_what_was_not_measured_is_missing(runs):
     for exp in ("E5", "E6"):
         (runs / exp / "seed1077" / "curvature.jsonl").unlink()
@@ -307,8 +328,8 @@ def test_the_numbers_of_a_comparison_of_two_seeds():
                                          for m in ("train/eps_mse_mean", "train/grad_global_L2")]
     kinds = [r[0] for r in found["Distance"].parts[0].rows]
     assert kinds == ["milestone"] * 6 + ["final"] * 2 + ["frontier"] * 8
-    assert "val/fd_lite0 at n = 20: floor 197.4, ceiling 824.4; val/fd_lite0 at n = 30: floor 159, ceiling" in (
-        found["Distance"].parts[1])
+    assert ("at n = 20 val/fd_lite0 has floor 197.4 (test images 193.4) and ceiling 824.4, val/kid_lite0 -0.024 and "
+            "1.497; at n = 30 val/fd_lite0 has floor 159 (") in found["Distance"].parts[1]
 
 
 class Page(HTMLParser):
@@ -379,6 +400,46 @@ def test_pages_are_up_to_date_with_experiments_toml():
             assert report.update_page(text, exp) == text, f"{exp}.md is out of date: python report.py --pages"
 
 
+def test_the_table_of_results():
+    table = report.results_table(RECORDED)
+    rows = {row[0]: row[1:] for row in table.rows}
+    finals = [json.loads(line) for seed in (1077, 1078)
+              for line in (RECORDED / f"E5/seed{seed}/results.jsonl").read_text().splitlines()]
+    one, two = (r["val/fd_lite0"] for r in finals if r["kind"] == "final")
+    assert rows["[E5](docs/experiments/E5.md)"][:6] == ["constant", "4, 60", "1077, 1078", "lite0", "DDPM 2", "30"]
+    mean, std = map(float, rows["[E5](docs/experiments/E5.md)"][6].split(" ± "))
+    assert mean == pytest.approx((one + two) / 2, abs=1) and std == pytest.approx(abs(one - two) / 2**0.5, rel=0.1)
+    assert rows["[E6](docs/experiments/E6.md)"][0] == "minsnr, 5"
+    floor, ceiling = (float(rows[text][6]) for text in ("floor: training images", "ceiling: uniform noise"))
+    assert floor < mean < ceiling and rows["floor: training images"][7] == ""
+
+
+def test_an_unfinished_run_is_no_result(runs):
+    edit(runs, "E6", "timing.jsonl", lambda r: r | {"step": min(r["step"], 58)})
+    assert [row[0].split("]")[0] for row in report.results_table(runs).rows if row[1]] == ["[E5"]
+
+
+def test_the_readme_has_the_results_that_the_logs_give():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.update_readme(text) == text, "README.md is out of date: python report.py --pages"
+    assert report.update_readme(text, RECORDED) != text
+    with pytest.raises(RunError, match=r"README.md: needs the lines <!-- generated"):
+        report.update_readme("# no block\n")
+
+
+def test_the_reports_are_those_that_the_logs_give():
+    """Of the comparisons kept under docs/experiments/results/reports, but for the figures."""
+    kept = sorted((report.KEPT / "reports").glob("*/*.md"))
+    assert len(kept) >= 1
+    for path in kept:
+        name, title, exps, factor = report.resolve(report.parse_args(path.stem.split("_") if path.stem[0] == "E"
+                                                                     else [path.stem]))
+        pairs, notes = report.pairs_of(report.KEPT, exps)
+        text = report.to_markdown(title, report.compare(pairs, factor, False, notes), {})
+        command = f"python report.py {name} --runs docs/experiments/results"
+        assert path.read_text(encoding="utf-8").startswith(text.rstrip()), f"{path} is out of date: {command}"
+
+
 def test_a_page_keeps_what_is_written_by_hand():
     text = f"# old title\n\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\n\n## Hypothesis\n\nBy \\hand.\n"
     page = report.update_page(text, "E6")
@@ -386,5 +447,6 @@ def test_a_page_keeps_what_is_written_by_hand():
     assert page.endswith(f"{report.MARKS[1]}\n\n## Hypothesis\n\nBy \\hand.\n") and "old" not in page
     assert "**Question.**" in page and '| `loss.weighting` | "constant" | "minsnr" |' in page
     assert "    python train.py --exp E6\n" in page and report.update_page(page, "E6") == page
-    with pytest.raises(RunError, match="must begin with a title"):
-        report.update_page("# E6\n", "E6")
+    for broken in ("# E6\n", page.replace("# E6", "E6", 1), page + "\n" + page):
+        with pytest.raises(RunError, match="needs the lines"):
+            report.update_page(broken, "E6")

@@ -1,0 +1,100 @@
+"""At which timesteps two arms part: samples of which one network draws the noisy part and the other the clean part.
+
+    python docs/experiments/swap.py runs/E5/seed1077 runs/E6/seed1077 > docs/experiments/results/swap.jsonl
+
+A line for each of the four ways to take the timesteps t >= AT from one of the two runs and those below from one: its
+distances, their paired differences from the first run's own samples, and the samples' grain beside the training
+images'. Both have to share data, schedule and seed; NFE, features and, unless given, n and sampler are those of the
+first's milestones.
+"""
+
+import argparse
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from config import flatten
+from data import load_images
+from evaluate import (
+    Distances,
+    RunError,
+    extract_shared,
+    load_run,
+    paired_stderr,
+    run_script,
+    sample_images,
+)
+from fid import feature_network
+
+MUST_AGREE = ("data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "seed")
+
+
+class Switched(nn.Module):
+    """A denoiser that is `noisy` at t >= at and `clean` below. As in sampling, all t of a batch must be equal."""
+
+    def __init__(self, noisy: nn.Module, clean: nn.Module, at: int):
+        super().__init__()
+        self.noisy, self.clean, self.at = noisy, clean, at
+        self.image_channels, self.image_size = noisy.image_channels, noisy.image_size
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return (self.noisy if t[0] >= self.at else self.clean)(x_t, t)
+
+
+def grain(images: Tensor) -> float:
+    """Root mean square difference of neighbouring pixels of uint8 images (N, C, H, W), in levels of 255."""
+    x = images.float()
+    across, down = (x.diff(dim=d).square().mean() for d in (-1, -2))
+    return ((across + down) / 2).sqrt().item()
+
+
+def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
+         data_root: str | None = None, device="cpu") -> list[dict]:
+    """The four lines. Raises RunError."""
+    (config, step, _, first, diffusion), (other, other_step, _, second, _) = (load_run(d, device) for d in run_dirs)
+    differs = [key for key in MUST_AGREE if flatten(config)[key] != flatten(other)[key]]
+    if differs or config.exp == other.exp:
+        raise RunError(f"{run_dirs[0]} and {run_dirs[1]}: must be two experiments of equal {', '.join(MUST_AGREE)}")
+    if config.eval.features == "none":
+        raise RunError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
+    if not 0 < at < diffusion.T:
+        raise RunError(f"--at {at}: must be from 1 to T - 1 = {diffusion.T - 1}")
+    train, test = (load_images(config.data.name, data_root or config.data.root, split) for split in (True, False))
+    network = feature_network(config.eval.features, config.eval.inception_weights, device)
+    distances = Distances(network, config.data.name, train, test, config.eval.stats_root)
+    distances.check_cache()
+    n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
+    arms, lines, own = {config.exp: first, other.exp: second}, [], None
+    for noisy, clean in product(arms, arms):
+        samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
+                                progress=f"{noisy}, {clean}")
+        record, estimates = distances.measure(extract_shared(network, samples))
+        own = own or (record, estimates)
+        line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "step_other": other_step, "seed": config.seed,
+                "sampler": sampler, "nfe": nfe, **record}
+        for name, estimate in estimates.items():
+            line |= {f"{name}_difference": record[name] - own[0][name],
+                     f"{name}_difference_stderr": paired_stderr(estimate.influence, own[1][name].influence)}
+        lines.append(line | {"grain": grain(samples), "grain_train": grain(train)})
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
+    parser.add_argument("--at", type=int, default=130, help="130: the first t with w = 1 at gamma 5, linear betas")
+    parser.add_argument("--n", type=int, help="the first run's milestone number by default")
+    parser.add_argument("--sampler", choices=["ddpm", "ddim"])
+    parser.add_argument("--data-root", help="the first run's by default")
+    args = parser.parse_args(argv)
+    swap(args.run_dirs, args.at, args.n, args.sampler, args.data_root)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

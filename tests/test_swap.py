@@ -1,0 +1,69 @@
+"""docs/experiments/swap.py: two networks in one chain of samples."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import ROOT, tiny_network
+
+from checkpoint import read_jsonl
+from evaluate import RunError, paired_differences
+
+spec = importlib.util.spec_from_file_location("swap", ROOT / "docs" / "experiments" / "swap.py")
+swap = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(swap)
+
+WITH_FID = ["eval.features=inception", "eval.n_samples=20", "eval.final_n_samples=20"]
+
+
+@pytest.fixture
+def two_runs(run_train, tmp_path, monkeypatch):
+    for module in ("train.feature_network", "evaluate.feature_network"):
+        monkeypatch.setattr(module, tiny_network)
+    monkeypatch.setattr(swap, "feature_network", tiny_network)
+    return [run_train(exp, *WITH_FID, f"eval.stats_root='{tmp_path}/s'") for exp in ("E5", "E6")]
+
+
+def test_unmixed_lines_are_what_the_runs_have_measured(two_runs, capsys):
+    lines = swap.swap(two_runs, at=500)
+    assert [(r["noisy"], r["clean"]) for r in lines] == [("E5", "E5"), ("E5", "E6"), ("E6", "E5"), ("E6", "E6")]
+    for r, run_dir in ((lines[0], two_runs[0]), (lines[3], two_runs[1])):
+        measured = [m for m in read_jsonl(run_dir / "results.jsonl") if m["kind"] == "milestone"][-1]
+        assert {key: r[key] for key in ("val/fid", "val/kid", "n", "nfe", "step", "floor")} == {
+            key: measured[key] for key in ("val/fid", "val/kid", "n", "nfe", "step", "floor")}
+    assert lines[0]["val/fid_difference"] == lines[0]["val/fid_difference_stderr"] == 0
+    pair = [d for d in paired_differences(*two_runs) if d["kind"] == "milestone"][-1]
+    assert lines[3]["val/kid_difference"] == pytest.approx(pair["val/kid"])
+    assert lines[3]["val/kid_difference_stderr"] == pytest.approx(pair["val/kid_stderr"], rel=1e-4)
+    assert len({r["val/fid"] for r in lines}) == 4  # each half matters
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_each_network_has_its_side_of_the_boundary():
+    class Named(torch.nn.Module):
+        image_channels, image_size = 3, 32
+
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x_t, t):
+            return torch.full_like(x_t, self.value)
+
+    both = swap.Switched(noisy=Named(1.0), clean=Named(2.0), at=130)
+    x = torch.zeros(2, 3, 32, 32)
+    assert [both(x, torch.full((2,), t)).unique().item() for t in (0, 129, 130, 999)] == [2, 2, 1, 1]
+
+
+def test_grain_of_known_images():
+    flat = torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)
+    stripes = flat.clone()
+    stripes[..., ::2] = 17  # 10 levels from column to column, none from row to row
+    assert swap.grain(flat) == 0 and swap.grain(stripes) == pytest.approx(50**0.5)
+
+
+def test_what_cannot_be_swapped_is_refused(two_runs):
+    with pytest.raises(RunError, match="must be two experiments of equal data.name"):
+        swap.swap([two_runs[0]] * 2, at=500)
+    with pytest.raises(RunError, match="--at 1000: must be from 1 to T - 1 = 999"):
+        swap.swap(two_runs, at=1000)
