@@ -107,7 +107,7 @@ def finish(fig: Figure, caption: str) -> Figure:
 
 
 def smooth(y, window: int = SMOOTH) -> np.ndarray:
-    """Running mean over `window` records (an even one counts as the next odd), over fewer at both ends."""
+    """Running mean over `window` records, or one more where that is even; over fewer at both ends."""
     y, half = np.asarray(y, dtype=float), window // 2
     return np.array([y[max(0, i - half):i + half + 1].mean() for i in range(len(y))])
 
@@ -284,7 +284,7 @@ def draw_grad_norm(ax, runs: list[Run]) -> str:
     ax.set_yscale("log")
     log_axis(ax.yaxis)
     ax.set_ylabel("gradient norm (global L2)")
-    return ("Gradient norm before clipping: dots are single steps, lines their running mean over "
+    return ("Gradient norm before clipping: dots are single steps, lines the mean of those logged within "
             f"{smoothed_steps(runs)} steps.")
 
 

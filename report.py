@@ -1,4 +1,4 @@
-"""What a comparison of two arms shows, as Markdown and as one HTML page; and what is generated of pages by hand.
+"""What a comparison of two arms shows, as Markdown and as one HTML page; and the generated parts of hand-written pages.
 
     python report.py min_snr_10k                   a comparison of experiments.toml, from runs/
     python report.py E5 E6 --runs DIR              any two experiments: baseline, then arm
@@ -68,6 +68,16 @@ def ratio_of(two, one) -> Measured:
     one, two = np.asarray(one, dtype=float), np.asarray(two, dtype=float)
     ratio = two.mean() / one.mean()
     return Measured(float(ratio - 1), mean_of((two - ratio * one) / abs(one.mean())).stderr)
+
+
+def stderr_by_neighbours(values) -> float:
+    """Standard error of the mean of a systematic sample, from the differences of neighbours (Wolter 2007, ch. 8, v2).
+
+    For values that drift over their index, as probes do whose t lies in a stratum each: the spread of all of them
+    counts that drift as noise, though the mean does not vary by it.
+    """
+    values = np.asarray(values, dtype=float)
+    return float(math.sqrt(np.square(np.diff(values)).sum() / (2 * (len(values) - 1) * len(values))))
 
 
 def pooled(parts: list[Measured]) -> Measured:
@@ -282,7 +292,8 @@ def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change]]:
     """Both traces in windows of training; and the changes in the last window.
 
     Probe j is the same at every step and in both arms, so the error is that over probes of the paired, time-averaged
-    difference: more steps do not shrink it.
+    difference: more steps do not shrink it. The registered error is the spread of the probes; beside it stands the one
+    of neighbours, since probe j of P draws its t from strata j, P + j, ... of [0, T).
     """
     a, b = (run.exp for run in pairs[0])
     pairs = [pair for pair in pairs if all(run.has("curvature") for run in pair)]
@@ -294,20 +305,30 @@ def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change]]:
                 records = in_window(pair, "curvature", f"curvature/{key}_samples", start, end)
                 if all(records):
                     one, two = (np.mean(samples, axis=0) for samples in records)  # (num_probes,)
-                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), ratio_of(two, one), len(records[1])])
+                    change = ratio_of(two, one)
+                    residual = (two - (1 + change.value) * one) / abs(one.mean())  # what ratio_of takes the error of
+                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), change,
+                                  Measured(change.value, stderr_by_neighbours(residual)),
+                                  f"{(two < one).sum()} of {len(one)}", len(records[1])])
             if parts:
-                one, two, difference, change = ([part[i] for part in parts] for i in range(4))
-                table.append([name, text, str(parts[0][4]), over_seeds(one), over_seeds(two), str(pooled(difference)),
-                              percent(pooled(change))])
+                one, two, difference, change, narrow, lower, records = map(list, zip(*parts, strict=True))
+                table.append([name, text, str(records[0]), over_seeds(one), over_seeds(two), str(pooled(difference)),
+                              percent(pooled(change)), percent(pooled(narrow)), "; ".join(lower)])
                 if name == "last fifth":
-                    changes.append(Change(f"trace {text}", pooled(change), TRACE_CRITERION, "yes"))
+                    asked, made = ((c.curvature.every, c.curvature.num_probes)
+                                   for c in (load_config(b), pairs[0][1].config))
+                    registered = "yes" if asked == made else f"no: every {asked[0]} steps, {asked[1]} probes"
+                    changes.append(Change(f"trace {text}", pooled(change), TRACE_CRITERION, registered))
     if not table:
         return Section("Hessian trace", ["Not measured in both arms at a common step."]), []
-    text = ("Errors are over probes, which are the same at every step and in both arms. A weight below 1 alone lowers "
-            "the trace of an arm's own loss: whether the loss is flatter is told by the unweighted one. Seeds: "
+    text = ("Errors are over probes, which are the same at every step and in both arms. Each probe has its own strata "
+            "of t, so their spread, the registered error, holds the trend over t too and is too wide; the column in "
+            "brackets has the error of neighbouring probes, and was added after the first runs. A weight below 1 alone "
+            "lowers the trace of an arm's own loss: whether the loss is flatter is told by the unweighted one. Seeds: "
             f"{', '.join(str(run.seed) for run, _ in pairs)}.")
     return Section("Hessian trace", [
-        Table(["steps", "trace", "records", a, b, "difference", "relative"], table), text]), changes
+        Table(["steps", "trace", "records", a, b, "difference", "relative", "(by neighbours)",
+               f"probes in which {b} is lower"], table), text]), changes
 
 
 def training_section(pairs: list[tuple[Run, Run]]) -> Section:
@@ -340,7 +361,8 @@ def training_section(pairs: list[tuple[Run, Run]]) -> Section:
 
 
 def profile_section(pairs: list[tuple[Run, Run]]) -> Section:
-    """The unweighted held-out error at each t of the profile, at the end of what both arms have."""
+    """The unweighted held-out error at each t of the profile: at the last step that both arms of a seed have, or, where
+    they differ in length, at each one's own last."""
     a, b = (run.exp for run in pairs[0])
     lines = []
     for pair in pairs:
@@ -354,13 +376,14 @@ def profile_section(pairs: list[tuple[Run, Run]]) -> Section:
     rows = []
     for i, t in enumerate(lines[0][0]["t"]):
         one, two = ([Measured(pair[k]["eps_mse_ema"][i]) for pair in lines] for k in (0, 1))
-        relative = [over_seeds([Measured(round(100 * (y[key][i] / x[key][i] - 1), 1)) for x, y in lines]) + " %"
-                    for key in ("eps_mse_ema", "eps_mse_raw")]
-        rows.append([str(t), over_seeds(one), over_seeds(two), *relative])
-    first = lines[0][0]
+        changes = [[Measured(100 * (y[key][i] / x[key][i] - 1)) for x, y in lines]
+                   for key in ("eps_mse_ema", "eps_mse_raw")]
+        rows.append([str(t), over_seeds(one), over_seeds(two),
+                     *(f"{c[0].value:.1f} %" if len(c) == 1 else f"{over_seeds(c)} %" for c in changes)])
+    steps = " and ".join(dict.fromkeys(f"{r['step']:,}" for r in lines[0]))
     return Section("Error at each timestep", [
         Table(["t", a, b, f"{b} to {a}", "raw weights"], rows),
-        f"Unweighted eps-MSE of the EMA weights at step {first['step']:,} on {first['n']} held-out images with fixed "
+        f"Unweighted eps-MSE of the EMA weights at step {steps} on {lines[0][0]['n']} held-out images with fixed "
         "eps: the same for both arms, so that their ratio is steadier than either. It has no error of its own."])
 
 
@@ -377,7 +400,8 @@ def verdict_section(pairs: list[tuple[Run, Run]], distances: list[Change], trace
         rows.append(["**missing**", "final distance", "", f">= {DISTANCE_CRITERION:.0%} lower", ""])
     both = {passed(c) for c in traces} or {"missing"}
     alike = "missing" if "missing" in both else both.pop() if len(both) == 1 else "neutral"
-    rows.append([f"**{alike}**", "curvature: both traces alike", "", f">= {TRACE_CRITERION:.0%} lower", "yes"])
+    rows.append([f"**{alike}**", "curvature: both traces alike", "", f">= {TRACE_CRITERION:.0%} lower",
+                 traces[0].registered if traces else ""])
     seeds = [str(run.seed) for run, _ in pairs]
     text = [f"Neutral: within {NOISE:g} standard errors, or beyond but below the criterion. The last column says "
             "whether a measure is the one that was registered before the runs. ± is one standard error; of an arm over "
@@ -487,11 +511,12 @@ def generated_block(exp: str) -> str:
                         MARKS[1]])
 
 
-def fill(text: str, before: str, content: str, where: str) -> str:
-    """The text with its one generated block, and what stands before it from the pattern `before`, made new."""
-    pattern = re.compile(rf"{before}{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+def fill(text: str, before_pattern: str, content: str, where: str) -> str:
+    """The text with its one generated block, and what stands before it from a regex, made new. Raises RunError."""
+    pattern = re.compile(rf"{before_pattern}{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
     if not pattern.search(text) or text.count(MARKS[0]) != 1:
-        raise RunError(f"{where}: needs the lines {MARKS[0]} and {MARKS[1]}" + " below a title" * bool(before))
+        raise RunError(f"{where}: needs the lines {MARKS[0]} and {MARKS[1]} exactly once"
+                       + ", below a title" * bool(before_pattern))
     return pattern.sub(lambda _: content, text)  # of a function, since content may hold backslashes
 
 
@@ -506,7 +531,7 @@ def results_table(root: Path) -> Table:
     rows, context = [], {}
     for exp in list_experiments():
         found = {}
-        for run in find_runs(root, exp):
+        for run in find_runs(root, exp) if exp != "smoke" else []:
             for r in run.results("final") if run.finished else []:
                 found.setdefault((r["features"], r["sampler"], r["nfe"], r["n"]), []).append((run, r))
         for (features, sampler, nfe, n), lines in found.items():
@@ -551,7 +576,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("names", nargs="*", metavar="NAME", help="a comparison, or two experiments: baseline and arm")
-    parser.add_argument("--pages", action="store_true", help="update docs/experiments/E*.md; takes no names")
+    parser.add_argument("--pages", action="store_true", help="update README.md and docs/experiments/E*.md; no names")
     parser.add_argument("--runs", type=Path, help="folder of runs, RUNS/EXP/seedSEED; runs by default")
     parser.add_argument("--out", type=Path, help="folder to write to; RUNS/reports/NAME by default")
     parser.add_argument("--factor", action="append", default=[], metavar="KEY",

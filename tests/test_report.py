@@ -44,6 +44,17 @@ def test_the_error_of_a_ratio_counts_that_of_its_baseline():
     assert ratio_of([0.8, 1.6], [1.0, 2.0]).stderr == pytest.approx(0, abs=1e-12)
 
 
+def test_the_error_of_neighbours_does_not_count_a_drift():
+    """Against the spread of the mean over many repetitions, of independent values and of values in strata."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 2, size=(4000, 16))
+    for values, wide in ((noise, 1), (noise + np.linspace(0, 20, 16), 3)):
+        spread = values.mean(axis=1).std()
+        by_neighbours = np.sqrt(np.mean([report.stderr_by_neighbours(v)**2 for v in values]))
+        assert by_neighbours == pytest.approx(spread, rel=0.15)
+        assert np.mean([report.mean_of(v).stderr for v in values]) / spread == pytest.approx(wide, rel=0.15)
+
+
 @pytest.mark.parametrize("value, stderr, text", [
     (941.234, 3.21, "941.2 ± 3.2"), (0.0123456, 0.00021, "0.01235 ± 0.00021"), (12345.6, 250.0, "12,346 ± 250"),
     (5.0, None, "5"), (1.0, 0.0, "1"), (12345.6, None, "12,346")])
@@ -164,6 +175,7 @@ def test_runs_of_different_length_are_compared_at_their_own_ends(runs):
     row = next(r for r in found["Hessian trace"].parts[0].rows if r[:2] == ["last fifth", "of the arm's own loss"])
     assert row[5].startswith(f"{means['E6'] - means['E5']:.1f}") and row[2] == "3"
     assert "nothing is paired" in found["Training"].parts[1]
+    assert "at step 40 and 60 on" in found["Error at each timestep"].parts[1]
 
 
 def test_profiles_are_compared_at_the_last_step_of_both(runs):
@@ -179,7 +191,7 @@ def test_profiles_are_compared_at_the_last_step_of_both(runs):
     section = sections(runs)["Error at each timestep"]
     rows = section.parts[0].rows
     assert [row[0] for row in rows] == [str(t) for t in base[last]["t"]] and f"at step {last}" in section.parts[1]
-    assert {(row[3], row[4]) for row in rows} == {("50 %", "-50 %")}
+    assert {(row[3], row[4]) for row in rows} == {("50.0 %", "-50.0 %")}
     assert rows[0][1] == f"{base[last]['eps_mse_ema'][0]:.4g}"
     edit(runs, "E6", "per_t.jsonl", lambda r: r | {"t": [t + 1 for t in r["t"]]})
     assert "Not measured" in sections(runs)["Error at each timestep"].parts[0]
@@ -251,9 +263,11 @@ def test_the_verdict_says_what_it_is_not(runs):
     found = sections(runs)["Verdict"].parts
     text = " ".join(part for part in found if isinstance(part, str))
     assert "It is not FID" in text and "This holds for seed 1077, and says nothing of others." in text
-    assert [row[4] for row in found[0].rows] == ["no: FID, NFE 50, n = 10,000"] * 2 + ["yes"] * 3
+    assert [row[4] for row in found[0].rows] == ["no: FID, NFE 50, n = 10,000"] * 2 + [
+        "no: every 100 steps, 16 probes"] * 3
     for exp in ("E5", "E6"):
-        edit(runs, exp, "config.json", lambda c: c | {"eval": c["eval"] | {"features": "inception"}})
+        edit(runs, exp, "config.json", lambda c: c | {"eval": c["eval"] | {"features": "inception"},
+                                                      "curvature": {"every": 100, "num_probes": 16}})
         edit(runs, exp, "results.jsonl", lambda r: {k.replace("fd_lite0", "fid").replace("_lite0", ""): v for k, v in (
             r | {"features": "inception"} | ({"nfe": 50, "n": 10_000} if r["kind"] == "final" else {})).items()})
         folder = runs / exp / "seed1077" / "influence"

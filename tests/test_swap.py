@@ -62,8 +62,11 @@ def test_grain_of_known_images():
     assert swap.grain(flat) == 0 and swap.grain(stripes) == pytest.approx(50**0.5)
 
 
-def test_what_cannot_be_swapped_is_refused(two_runs):
-    with pytest.raises(RunError, match="must be two experiments of equal data.name"):
+def test_what_cannot_be_swapped_is_refused(two_runs, run_train, tmp_path):
+    with pytest.raises(RunError, match="both of E5; give two experiments"):
         swap.swap([two_runs[0]] * 2, at=500)
+    other = run_train("E6", *WITH_FID, "diffusion.beta_schedule=cosine", f"eval.stats_root='{tmp_path}/s'", out="b")
+    with pytest.raises(RunError, match="differ in diffusion.beta_schedule"):
+        swap.swap([two_runs[0], other], at=500)
     with pytest.raises(RunError, match="--at 1000: must be from 1 to T - 1 = 999"):
         swap.swap(two_runs, at=1000)

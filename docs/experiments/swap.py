@@ -10,10 +10,12 @@ first's milestones.
 
 import argparse
 import json
+import math
 import sys
 from itertools import product
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -47,9 +49,9 @@ class Switched(nn.Module):
 
 def grain(images: Tensor) -> float:
     """Root mean square difference of neighbouring pixels of uint8 images (N, C, H, W), in levels of 255."""
-    x = images.float()
-    across, down = (x.diff(dim=d).square().mean() for d in (-1, -2))
-    return ((across + down) / 2).sqrt().item()
+    squares = [sum(part.float().diff(dim=d).square().sum(dtype=torch.float64).item() for part in images.split(1000))
+               / images.diff(dim=d).numel() for d in (-1, -2)]
+    return math.sqrt(sum(squares) / 2)
 
 
 def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
@@ -57,8 +59,10 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     """The four lines. Raises RunError."""
     (config, step, _, first, diffusion), (other, other_step, _, second, _) = (load_run(d, device) for d in run_dirs)
     differs = [key for key in MUST_AGREE if flatten(config)[key] != flatten(other)[key]]
-    if differs or config.exp == other.exp:
-        raise RunError(f"{run_dirs[0]} and {run_dirs[1]}: must be two experiments of equal {', '.join(MUST_AGREE)}")
+    if differs or step != other_step:
+        raise RunError(f"{run_dirs[0]} and {run_dirs[1]} differ in {', '.join(differs) or 'their last step'}")
+    if config.exp == other.exp:
+        raise RunError(f"{run_dirs[0]} and {run_dirs[1]}: both of {config.exp}; give two experiments")
     if config.eval.features == "none":
         raise RunError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
     if not 0 < at < diffusion.T:
@@ -68,18 +72,18 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     distances = Distances(network, config.data.name, train, test, config.eval.stats_root)
     distances.check_cache()
     n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
-    arms, lines, own = {config.exp: first, other.exp: second}, [], None
+    arms, lines, own, grain_train = {config.exp: first, other.exp: second}, [], None, grain(train)
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
                                 progress=f"{noisy}, {clean}")
         record, estimates = distances.measure(extract_shared(network, samples))
         own = own or (record, estimates)
-        line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "step_other": other_step, "seed": config.seed,
+        line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed,
                 "sampler": sampler, "nfe": nfe, **record}
         for name, estimate in estimates.items():
             line |= {f"{name}_difference": record[name] - own[0][name],
                      f"{name}_difference_stderr": paired_stderr(estimate.influence, own[1][name].influence)}
-        lines.append(line | {"grain": grain(samples), "grain_train": grain(train)})
+        lines.append(line | {"grain": grain(samples), "grain_train": grain_train})
         print(json.dumps(lines[-1]), flush=True)
     return lines
 
