@@ -123,7 +123,7 @@ def norms_by_snr(exp):
 
 
 def measured():
-    """{claim or page: the numbers that it must state}, from the logs of E5 and E6."""
+    """{claim or page: the numbers that it must state}, from the logs of the kept runs."""
     def fall(key, log="loss"):
         first, last = logged("E5", log, key, 0, 2000).mean(), logged("E5", log, key, 8000).mean()
         return first, last, percent(1 - last / first)
@@ -148,16 +148,23 @@ def measured():
               *(f"{logged(exp, 'loss', NORM, 2000).max():.2f}" for exp in ("E5", "E6"))]
     shape = [[logged(exp, "curvature", key)[i] for i in (0, 9, -1)] for exp, key in (("E5", OWN), ("E6", UNWEIGHTED))]
     r = kept("E5").results("milestone")[-1]
+    gamma = {key: (logged("E8a", log, key, 4000).mean(), logged("E8c", log, key, 4000).mean()) for key, log in (
+        (OWN, "curvature"), ("train/loss_mean", "loss"), ("train/eps_mse_mean", "loss"))}
+    gamma_profile = np.divide(*(kept(exp).log("per_t")[-1]["eps_mse_ema"] for exp in ("E8a", "E8c"))) - 1
     return {
         "C07": [f"{lower} of 50 records", percent(1 - own / base), percent(1 - own / unweighted),
                 percent(unweighted / base - 1), factors],
         "C08": [f"{higher} of 50 records"],
+        "C09": [f"{gamma[OWN][1] / gamma[OWN][0]:.3f} times"],
+        "C12": [f"{gamma[key][0] / gamma[key][1]:.3f} times" for key in ("train/loss_mean", "train/eps_mse_mean")],
         "C13": [f"{spread(exp, key, 8000):.2f}" for exp in ("E5", "E6") for key in ("train/loss", "train/eps_mse")],
-        "C14": [percent(ema[0]), percent(ema[-1])],
+        "C14": [percent(ema[0]), percent(ema[-1]), *(percent(gamma_profile[i]) for i in (0, 1, -2))],
         "C15": [*(f"{(logged(exp, 'loss', NORM) > 1).sum()} of 100" for exp in ("E5", "E6")),
-                *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in ("E5", "E6"))],
+                *(f"{(logged(exp, 'loss', NORM) > 1).sum()} of 500" for exp in ("E8a", "E8c")),
+                *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in ("E5", "E6", "E8a", "E8c"))],
         "C16": [f"the {len(norms_by_snr('E5')[0])} batches",
-                *(f"{norms.mean():.2f}" for exp in ("E5", "E6") for norms in norms_by_snr(exp))],
+                f"{len(norms_by_snr('E8a')[0])} batches",
+                *(f"{norms.mean():.2f}" for exp in ("E5", "E6", "E8a", "E8c") for norms in norms_by_snr(exp))],
         "C17": [f"{logged('E5', 'loss', 'train/loss')[0]:.3f} at step 100",
                 f"{logged('E5', 'loss', 'train/loss')[-1]:.4f} at 10k", f"{loss[0]:.3f}", f"{loss[1]:.4f}", loss[2],
                 f"{mean_loss[0]:.3f}", f"{mean_loss[1]:.3f}"],
@@ -170,6 +177,9 @@ def measured():
         "E6.md": [f"{lower} of", factors, f"{bins['E6', 8000][0] / 8 - bins['E5', 8000][0] / 8:.0f}",
                   *(percent(ema[i]) for i in (0, 1, -1)), percent(raw[0]), percent(raw[-1]),
                   *(f"{error:.4f}" for error in errors)],
+        "E8a.md": [*(percent(gamma_profile[i]) for i in (0, 1, 2)),
+                   *(f"{norms_by_snr(exp)[0].mean():.3f}" for exp in ("E8a", "E8c"))],
+        "E8c.md": [f"{norms.mean():.3f}" for norms in norms_by_snr("E8c")],
         "summary.md": [*steady, *(percent(x[i]) for x in (ema, raw) for i in (0, -1)), factors,
                        f"by {percent(errors[1] / errors[0] - 1)}", f"{profiles['E6', 'ema'][0]:.3f}",
                        percent((r["ceiling"] - r["val/fd_lite0"]) / (r["ceiling"] - r["floor"])),
