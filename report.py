@@ -63,11 +63,11 @@ def mean_of(values) -> Measured:
     return Measured(float(values.mean()), stderr)
 
 
-def ratio_of(two, one) -> Measured:
+def ratio_of(two, one, stderr: Callable = lambda values: mean_of(values).stderr) -> Measured:
     """mean(two) / mean(one) - 1 of paired values, with the error of both means (delta method)."""
     one, two = np.asarray(one, dtype=float), np.asarray(two, dtype=float)
     ratio = two.mean() / one.mean()
-    return Measured(float(ratio - 1), mean_of((two - ratio * one) / abs(one.mean())).stderr)
+    return Measured(float(ratio - 1), stderr((two - ratio * one) / abs(one.mean())))
 
 
 def stderr_by_neighbours(values) -> float:
@@ -305,10 +305,8 @@ def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change]]:
                 records = in_window(pair, "curvature", f"curvature/{key}_samples", start, end)
                 if all(records):
                     one, two = (np.mean(samples, axis=0) for samples in records)  # (num_probes,)
-                    change = ratio_of(two, one)
-                    residual = (two - (1 + change.value) * one) / abs(one.mean())  # what ratio_of takes the error of
-                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), change,
-                                  Measured(change.value, stderr_by_neighbours(residual)),
+                    parts.append([mean_of(one), mean_of(two), mean_of(two - one), ratio_of(two, one),
+                                  ratio_of(two, one, stderr_by_neighbours),
                                   f"{(two < one).sum()} of {len(one)}", len(records[1])])
             if parts:
                 one, two, difference, change, narrow, lower, records = map(list, zip(*parts, strict=True))
