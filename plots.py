@@ -23,7 +23,7 @@ from PIL import Image
 from checkpoint import CheckpointError
 from config import ConfigError, list_experiments, load_tables
 from diffusion import BETAS, Diffusion
-from evaluate import Run, RunError, find_runs, metric_names, run_script
+from evaluate import Run, RunError, find_runs, metric_names, paired_differences, run_script
 from weighting import loss_weights
 
 matplotlib.rcParams.update({
@@ -308,23 +308,27 @@ def last_profiles(runs: list[Run]) -> list[dict]:
     return profiles
 
 
+def baseline_of(run: Run, runs: list[Run]) -> Run:
+    """The first experiment's run of the same seed. Raises RunError where there is none."""
+    for other in runs:
+        if (other.exp, other.seed) == (runs[0].exp, run.seed):
+            return other
+    raise RunError(f"{run.path}: no run of {runs[0].exp} with seed {run.seed} to compare it with")
+
+
 def per_t(runs: list[Run]) -> Figure:
     """Held-out eps-MSE of each timestep, and its ratio to the first arm's of the same seed."""
     fig, axes = subplots(2, 1, figsize=(6.5, 5.4), sharex=True, height_ratios=[3, 2])
-    look, profiles = looks(runs), last_profiles(runs)
-    baseline = {run.seed: profile["eps_mse_ema"] for run, profile in zip(runs, profiles, strict=True)
-                if run.exp == runs[0].exp}
-    for run, profile in zip(runs, profiles, strict=True):
-        if run.seed not in baseline:
-            raise RunError(f"{run.path}: no run of {runs[0].exp} with seed {run.seed} to compare it with")
+    look, profiles = looks(runs), dict(zip(runs, last_profiles(runs), strict=True))
+    for run, profile in profiles.items():
         line(axes[0], run, look[run.exp], profile["t"], profile["eps_mse_ema"])
-        ratio = np.divide(profile["eps_mse_ema"], baseline[run.seed])
+        ratio = np.divide(profile["eps_mse_ema"], profiles[baseline_of(run, runs)]["eps_mse_ema"])
         line(axes[1], run, look[run.exp], profile["t"], ratio)
     axes[0].set(yscale="log", ylabel="held-out eps-MSE")
     log_axis(axes[0].yaxis)
     axes[1].set(xlabel="timestep t", ylabel=f"ratio to {runs[0].exp}")
     legend(fig, [axes[0]])
-    return finish(fig, f"Unweighted eps-MSE of the EMA weights at step {profiles[0]['step']:,} on {profiles[0]['n']} "
+    return finish(fig, f"Unweighted eps-MSE of the EMA weights at step {profile['step']:,} on {profile['n']} "
                        f"fixed held-out images with fixed eps. {seeds_note(runs)}")
 
 
@@ -449,47 +453,75 @@ def grids(runs: list[Run]) -> Figure:
                        f"cell of each." + ("" if several else f" Seed {runs[0].seed}."))
 
 
-def frontier_points(runs: list[Run]) -> list[list[dict]]:
-    """Each run's frontier at its last step, in the features and at the largest n that all of them have."""
-    settings = []
+def frontier_points(runs: list[Run]) -> dict[Run, list[dict]]:
+    """The frontier at its last step of each run that has one, in the features and at the largest n that all these have.
+
+    Raises RunError where an experiment has no such run.
+    """
+    measured = [run for run in runs if run.has("results") and run.results("frontier")]
     for run in runs:
-        if not run.has("results") or not run.results("frontier"):
+        if run.exp not in {other.exp for other in measured}:
             raise RunError(f"{run.path}: no frontier; measure it by evaluate.py {run.path} --frontier 10,20,50,100")
-        settings.append({(r["features"] == run.config.eval.features, r["n"], r["features"])
-                         for r in run.results("frontier")})
-    common = set.intersection(*settings)
+    common = set.intersection(*({(r["features"] == run.config.eval.features, r["n"], r["features"])
+                                 for r in run.results("frontier")} for run in measured))
     if not common:
-        raise RunError(f"{', '.join(run.exp for run in runs)}: no frontier of one n and one features in all of them")
+        raise RunError(f"{', '.join(run.exp for run in measured)}: no frontier of one n and one features in all")
     _, n, features = max(common)
-    points = [[r for r in run.results("frontier") if (r["n"], r["features"]) == (n, features)] for run in runs]
-    return [[r for r in own if r["step"] == max(column(own, "step"))] for own in points]
+    points = {run: [r for r in run.results("frontier") if (r["n"], r["features"]) == (n, features)] for run in measured}
+    return {run: [r for r in own if r["step"] == max(column(own, "step"))] for run, own in points.items()}
+
+
+def draw_by_nfe(ax, run: Run, look: dict, points: list[dict], key: str) -> None:
+    """A metric with its error against NFE: DDIM drawn through, DDPM dashed."""
+    for sampler, dash in (("ddim", "-"), ("ddpm", "--")):
+        chosen = sorted((r for r in points if r["sampler"] == sampler), key=lambda r: r["nfe"])
+        if chosen:
+            nfe, y = column(chosen, "nfe"), column(chosen, key)
+            line(ax, run, look, nfe, y, linestyle=dash, markevery=1)
+            ax.errorbar(nfe, y, column(chosen, f"{key}_stderr"), fmt="none", ecolor=look["color"], capsize=3)
+
+
+def relative_to(base: Run, run: Run, points: list[dict], key: str) -> list[dict]:
+    """Of each point that both runs have, the paired difference and its error in percent of the baseline's value."""
+    def point(r):
+        return tuple(r[name] for name in ("kind", "step", "sampler", "nfe", "n", "features"))
+
+    wanted, of = {point(r) for r in points}, {point(r): r[key] for r in base.results("frontier")}
+    return [d | {name: 100 * d[name] / of[point(d)] for name in (key, f"{key}_stderr")}
+            for d in paired_differences(base.path, run.path) if point(d) in wanted]
 
 
 def frontier(runs: list[Run]) -> Figure:
-    """Distance against NFE, by sampler."""
-    fig, ax = subplots(figsize=(6.5, 4))
-    look, points, samplers = looks(runs), frontier_points(runs), {}
-    key, name = distance_name(points[0][0]["features"])
-    for run, own in zip(runs, points, strict=True):
-        for sampler, dash in (("ddim", "-"), ("ddpm", "--")):
-            chosen = sorted((r for r in own if r["sampler"] == sampler), key=lambda r: r["nfe"])
-            if chosen:
-                samplers[sampler] = Line2D([], [], color="#777777", linestyle=dash, label=sampler.upper())
-                line(ax, run, look[run.exp], column(chosen, "nfe"), column(chosen, key), linestyle=dash, markevery=1)
-                ax.errorbar(column(chosen, "nfe"), column(chosen, key), column(chosen, f"{key}_stderr"), fmt="none",
-                            ecolor=look[run.exp]["color"], capsize=3)
-    used = [r for own in points for r in own]
-    draw_context(ax, used)
+    """Distance against NFE by sampler; and where it is of several arms, relative to the first, paired by seed."""
+    points = frontier_points(runs)
+    runs, used = list(points), [r for own in points.values() for r in own]
+    key, name = distance_name(used[0]["features"])
+    several, look = len({run.exp for run in runs}) > 1, looks(runs)
+    fig, axes = subplots(1 + several, 1, figsize=(6.5, 5.8 if several else 4), sharex=True, squeeze=False,
+                         height_ratios=[3, 2][:1 + several])
+    axes = axes[:, 0]
+    for run, own in points.items():
+        draw_by_nfe(axes[0], run, look[run.exp], own, key)
+        if run.exp != runs[0].exp:
+            draw_by_nfe(axes[1], run, look[run.exp], relative_to(baseline_of(run, runs), run, own, key), key)
+    draw_context(axes[0], used)
+    axes[0].set_ylabel(name)
+    if several:
+        axes[1].axhline(0, color=look[runs[0].exp]["color"], linewidth=1)
+        axes[1].set_ylabel(f"relative to {runs[0].exp} (%)")
     nfes = sorted({r["nfe"] for r in used})
-    ax.set(xscale="log", xlabel="NFE (network calls per sample)", ylabel=name)
-    ax.set_xticks(nfes, map(str, nfes))
-    ax.minorticks_off()
+    axes[-1].set(xscale="log", xlabel="NFE (network calls per sample)")
+    axes[-1].set_xticks(nfes, map(str, nfes))
+    axes[-1].minorticks_off()
+    samplers = [Line2D([], [], color="#777777", linestyle=dash, label=sampler.upper())
+                for sampler, dash in (("ddim", "-"), ("ddpm", "--")) if sampler in column(used, "sampler")]
     handles = {run.exp: Line2D([], [], color=look[run.exp]["color"], marker=look[run.exp]["marker"], label=label(run))
                for run in runs}
-    fig.legend(handles=[*handles.values(), *samplers.values()], loc="outside upper center", ncols=2)
+    fig.legend(handles=[*handles.values(), *samplers], loc="outside upper center", ncols=2)
     steps = " and ".join(f"{step:,}" for step in sorted({r["step"] for r in used}))
+    below = " Below: differences of paired samples." if several else ""
     return finish(fig, f"EMA weights at step {steps}, n = {used[0]['n']:,}, {used[0]['features']} features; bars: one "
-                       f"standard error. {seeds_note(runs)}")
+                       f"standard error.{below} {seeds_note(runs)}")
 
 
 FORMULAS = {f.__name__: f for f in (weights_raw_and_normalised, weight_curves, snr_vs_t)}

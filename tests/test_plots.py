@@ -14,7 +14,7 @@ from matplotlib.container import ErrorbarContainer
 import plots
 from config import ConfigError, load_tables
 from diffusion import Diffusion, linear_betas
-from evaluate import RunError, find_runs
+from evaluate import RunError, find_runs, influence_path, paired_differences
 from weighting import loss_weights
 
 RECORDED = ROOT / "tests" / "runs"
@@ -219,6 +219,25 @@ def test_frontier(one_seed):
         assert by_dash[dash].get_ydata().tolist() == [r["val/fd_lite0"] for r in points if r["sampler"] == sampler]
     assert len(bars_of(fig.axes[0])) == 4 and fig.axes[0].get_xscale() == "log"
     assert legend_texts(fig)[2:] == ["DDIM", "DDPM"]
+    paired = [d for d in paired_differences(*(one_seed / exp / "seed1077" for exp in ("E5", "E6")))
+              if d["kind"] == "frontier"]
+    assert len(paired) == len(points) and lines_of(fig.axes[1], E5)[0].get_ydata() == [0, 0]
+    for dash, sampler in (("-", "ddim"), ("--", "ddpm")):
+        ours, = (x for x in lines_of(fig.axes[1], E6) if x.get_marker() == "s" and x.get_linestyle() == dash)
+        assert ours.get_ydata() == pytest.approx([100 * d["val/fd_lite0"] / r["val/fd_lite0"] for d, r in
+                                                  zip(paired, points, strict=True) if r["sampler"] == sampler])
+    low, high = bars_of(fig.axes[1])[0].lines[2][0].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(200 * paired[0]["val/fd_lite0_stderr"] / points[0]["val/fd_lite0"])
+
+
+def test_a_frontier_of_one_arm_and_seeds_without_one(one_seed):
+    assert len(plots.draw("frontier", ["E5"], one_seed).axes) == 1
+    assert "One line per seed: 1077, 1078." in caption(plots.draw("frontier", ["E5", "E6"], RECORDED))
+    for exp in ("E5", "E6"):
+        shutil.copytree(RECORDED / exp / "seed1078", one_seed / exp / "seed1078")
+        path = one_seed / exp / "seed1078" / "results.jsonl"
+        path.write_text("".join(text for text in path.open() if "frontier" not in text))
+    assert "Seed 1077." in caption(plots.draw("frontier", ["E5", "E6"], one_seed))
 
 
 def test_several_seeds_are_several_lines_of_one_look_and_one_entry():
@@ -321,7 +340,11 @@ def test_the_frontier_is_drawn_at_the_largest_n_that_all_have(one_seed):
         points = [r for r in records(one_seed, exp, "results") if r["kind"] == "frontier"]
         for n in (40, 80)[:1 + (exp == "E5")]:  # n = 80 in one of them only
             path.write_text(path.read_text() + "".join(json.dumps(r | {"n": n}) + "\n" for r in points))
-    assert "n = 40," in caption(plots.draw("frontier", ["E5", "E6"], one_seed))
+            for r in points:
+                few = np.load(influence_path(path.parent, r))
+                np.savez(influence_path(path.parent, r | {"n": n}), **{key: np.resize(few[key], n) for key in few})
+    fig = plots.draw("frontier", ["E5", "E6"], one_seed)
+    assert "n = 40," in caption(fig) and [len(bars_of(ax)) for ax in fig.axes] == [4, 2]
 
 
 def test_profiles_are_compared_seed_by_seed(tmp_path):
