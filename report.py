@@ -219,7 +219,7 @@ def distance_rows(pairs: list[tuple[Run, Run]]) -> dict[tuple, list[tuple[dict, 
             lines = [next(r for r in run.log("results") if (alike | {"step": step}).items() <= r.items())
                      for run, step in ((a, d["step_a"]), (b, d["step"]))]
             point = (d["kind"], d["step"], d["sampler"], d["nfe"], d["n"], d["features"])
-            rows.setdefault(point, []).append((*lines, d))
+            rows.setdefault(point, []).append((*lines, d | {"seed": a.seed}))
     return rows
 
 
@@ -251,8 +251,9 @@ def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change
             one, two, difference = ([Measured(s[i][key], s[i][f"{key}_stderr"]) for s in seeds] for i in range(3))
             change = pooled([Measured(d.value / abs(base.value), d.stderr / abs(base.value))
                              for d, base in zip(difference, one, strict=True)])
-            table.append([kind, f"{step:,}", f"{sampler.upper()} {nfe}", f"{n:,}", key, over_seeds(one),
-                          over_seeds(two), str(pooled(difference)), percent(change)])
+            table.append([kind, f"{step:,}", f"{sampler.upper()} {nfe}", f"{n:,}",
+                          ", ".join(str(d["seed"]) for _, _, d in seeds), key, over_seeds(one), over_seeds(two),
+                          str(pooled(difference)), percent(change)])
             if kind == "final":
                 registered = "yes" if (key, nfe, n) == ("val/fid", 50, 10_000) else "no: FID, NFE 50, n = 10,000"
                 changes.append(Change(f"{key}, {sampler.upper()} {nfe}, n = {n:,}", change, DISTANCE_CRITERION,
@@ -265,7 +266,7 @@ def distance_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change
             for pair in pairs for run in pair]
     minima = [f"{run.exp}, seed {run.seed}: {r[fd]:.4g} at step {r['step']:,}" for run, r in best if r]
     return Section("Distance", [
-        Table(["kind", "step", "sampler", "n", "metric", a, b, "difference", "relative"], table), context,
+        Table(["kind", "step", "sampler", "n", "seeds", "metric", a, b, "difference", "relative"], table), context,
         *([f"Best milestone ({fd}, not the final figure): {'; '.join(minima)}."] if minima else [])]), changes
 
 

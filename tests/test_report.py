@@ -329,11 +329,12 @@ def test_the_numbers_of_a_comparison_of_two_seeds():
                              (RECORDED / exp / f"seed{seed}" / "results.jsonl").read_text().splitlines()]
                for exp in ("E5", "E6") for seed in (1077, 1078)}
     finals = {key: next(r for r in lines if r["kind"] == "final")["val/fd_lite0"] for key, lines in results.items()}
-    row = next(r for r in found["Distance"].parts[0].rows if r[0] == "final" and r[4] == "val/fd_lite0")
+    row = next(r for r in found["Distance"].parts[0].rows if r[0] == "final" and r[5] == "val/fd_lite0")
+    assert row[4] == "1077, 1078"
     e5 = [finals["E5", seed] for seed in (1077, 1078)]
-    assert row[5] == f"{np.mean(e5):.0f} ± {np.std(e5, ddof=1):.0f}"
+    assert row[6] == f"{np.mean(e5):.0f} ± {np.std(e5, ddof=1):.0f}"
     difference = np.mean([finals["E6", s] - finals["E5", s] for s in (1077, 1078)])
-    assert row[7].startswith(f"{difference:.2f} ± ")
+    assert row[8].startswith(f"{difference:.2f} ± ")
     compute = {row[0]: row[1:] for row in found["Compute"].parts[0].rows}
     assert compute["images seen"] == ["240", "240"] and compute["parameters"] == ["6,571", "6,571"]
     assert compute["steps logged"] == ["60 of 60"] * 2
@@ -344,6 +345,14 @@ def test_the_numbers_of_a_comparison_of_two_seeds():
     assert kinds == ["milestone"] * 6 + ["final"] * 2 + ["frontier"] * 8
     assert ("at n = 20 val/fd_lite0 has floor 197.4 (test images 193.4) and ceiling 824.4, val/kid_lite0 -0.024 and "
             "1.497; at n = 30 val/fd_lite0 has floor 159 (") in found["Distance"].parts[1]
+
+
+def test_a_distance_says_which_seeds_have_it(tmp_path):
+    shutil.copytree(RECORDED, tmp_path / "runs")
+    path = tmp_path / "runs" / "E6" / "seed1078" / "results.jsonl"
+    path.write_text("".join(text for text in path.open() if json.loads(text)["kind"] != "milestone"))
+    rows = sections(tmp_path / "runs")["Distance"].parts[0].rows
+    assert {(r[0], r[4]) for r in rows} == {("milestone", "1077"), ("final", "1077, 1078"), ("frontier", "1077, 1078")}
 
 
 class Page(HTMLParser):
