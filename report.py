@@ -53,7 +53,7 @@ class Measured:
         if self.stderr is None or not math.isfinite(self.stderr) or self.stderr == 0:
             return f"{self.value:,.0f}" if abs(self.value) >= 1000 else f"{self.value:.4g}"
         digits = max(0, 1 - math.floor(math.log10(self.stderr)))  # two digits of the error
-        return f"{self.value:,.{digits}f} ± {self.stderr:,.{digits}f}"
+        return f"{self.value:z,.{digits}f} ± {self.stderr:,.{digits}f}"  # z: no minus before what rounds to zero
 
 
 def mean_of(values) -> Measured:
@@ -378,7 +378,7 @@ def profile_section(pairs: list[tuple[Run, Run]]) -> Section:
         changes = [[Measured(100 * (y[key][i] / x[key][i] - 1)) for x, y in lines]
                    for key in ("eps_mse_ema", "eps_mse_raw")]
         rows.append([str(t), over_seeds(one), over_seeds(two),
-                     *(f"{c[0].value:.1f} %" if len(c) == 1 else f"{over_seeds(c)} %" for c in changes)])
+                     *(f"{c[0].value:z.1f} %" if len(c) == 1 else f"{over_seeds(c)} %" for c in changes)])
     steps = " and ".join(dict.fromkeys(f"{r['step']:,}" for r in lines[0]))
     return Section("Error at each timestep", [
         Table(["t", a, b, f"{b} to {a}", "raw weights"], rows),

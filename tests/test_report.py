@@ -57,6 +57,7 @@ def test_the_error_of_neighbours_does_not_count_a_drift():
 
 @pytest.mark.parametrize("value, stderr, text", [
     (941.234, 3.21, "941.2 ± 3.2"), (0.0123456, 0.00021, "0.01235 ± 0.00021"), (12345.6, 250.0, "12,346 ± 250"),
+    (-0.01, 1.4, "0.0 ± 1.4"),
     (5.0, None, "5"), (1.0, 0.0, "1"), (12345.6, None, "12,346")])
 def test_numbers_show_two_digits_of_their_error(value, stderr, text):
     assert str(Measured(value, stderr)) == text
