@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import re
 import shlex
@@ -122,8 +123,19 @@ def norms_by_snr(exp):
     return norm[rare], norm[~rare]
 
 
-def measured():
-    """{claim or page: the numbers that it must state}, from the logs of the kept runs."""
+def cleanest_probe(exp, key):
+    """Trace of the probe with the highest mean SNR, and the median of all, averaged over the last fifth of E5 or E6."""
+    samples = logged(exp, "curvature", key.replace("_mean", "_samples"), 8000).mean(axis=0)
+    return samples[np.argmax(logged(exp, "curvature", "curvature/snr_mean_samples")[0])], np.median(samples)
+
+
+def profile_change(arm, baseline, key="ema"):
+    """Relative change of the held-out eps-MSE at the end, at each of the profile's timesteps."""
+    return np.divide(*(kept(exp).log("per_t")[-1][f"eps_mse_{key}"] for exp in (arm, baseline))) - 1
+
+
+def measured_of_min_snr():
+    """{claim or page: the numbers that it must state}, from the logs of E5 and E6."""
     def fall(key, log="loss"):
         first, last = logged("E5", log, key, 0, 2000).mean(), logged("E5", log, key, 8000).mean()
         return first, last, percent(1 - last / first)
@@ -139,32 +151,25 @@ def measured():
     bins = {(exp, after): logged(exp, "curvature", "curvature/hutch_trace_t_bins", after, after + 2000).mean(axis=0)
             for exp in ("E5", "E6") for after in (0, 8000)}
     share = {key: value[0] / value.sum() for key, value in bins.items()}
-    profiles = {(exp, key): np.array(kept(exp).log("per_t")[-1][f"eps_mse_{key}"])
-                for exp in ("E5", "E6") for key in ("ema", "raw")}
-    ema, raw = (profiles["E6", key] / profiles["E5", key] - 1 for key in ("ema", "raw"))
+    ema, raw = (profile_change("E6", "E5", key) for key in ("ema", "raw"))
     loss, mean_loss, norm, trace = fall("train/loss"), fall("train/loss_mean"), fall(NORM), fall(OWN, "curvature")
     errors = [logged(exp, "loss", "train/eps_mse_mean", 8000).mean() for exp in ("E5", "E6")]
     steady = [f"{spread('E6', NORM, 2000):.2f}", f"{spread('E5', NORM, 2000):.2f}",
               *(f"{logged(exp, 'loss', NORM, 2000).max():.2f}" for exp in ("E5", "E6"))]
     shape = [[logged(exp, "curvature", key)[i] for i in (0, 9, -1)] for exp, key in (("E5", OWN), ("E6", UNWEIGHTED))]
     r = kept("E5").results("milestone")[-1]
-    gamma = {key: (logged("E8a", log, key, 4000).mean(), logged("E8c", log, key, 4000).mean()) for key, log in (
-        (OWN, "curvature"), ("train/loss_mean", "loss"), ("train/eps_mse_mean", "loss"))}
-    gamma_profile = np.divide(*(kept(exp).log("per_t")[-1]["eps_mse_ema"] for exp in ("E8a", "E8c"))) - 1
     return {
         "C07": [f"{lower} of 50 records", percent(1 - own / base), percent(1 - own / unweighted),
                 percent(unweighted / base - 1), factors],
         "C08": [f"{higher} of 50 records"],
-        "C09": [f"{gamma[OWN][1] / gamma[OWN][0]:.3f} times"],
-        "C12": [f"{gamma[key][0] / gamma[key][1]:.3f} times" for key in ("train/loss_mean", "train/eps_mse_mean")],
         "C13": [f"{spread(exp, key, 8000):.2f}" for exp in ("E5", "E6") for key in ("train/loss", "train/eps_mse")],
-        "C14": [percent(ema[0]), percent(ema[-1]), *(percent(gamma_profile[i]) for i in (0, 1, -2))],
+        "C14": [percent(ema[0]), percent(ema[-1])],
         "C15": [*(f"{(logged(exp, 'loss', NORM) > 1).sum()} of 100" for exp in ("E5", "E6")),
-                *(f"{(logged(exp, 'loss', NORM) > 1).sum()} of 500" for exp in ("E8a", "E8c")),
-                *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in ("E5", "E6", "E8a", "E8c"))],
+                *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in ("E5", "E6"))],
         "C16": [f"the {len(norms_by_snr('E5')[0])} batches",
-                f"{len(norms_by_snr('E8a')[0])} batches",
-                *(f"{norms.mean():.2f}" for exp in ("E5", "E6", "E8a", "E8c") for norms in norms_by_snr(exp))],
+                *(f"{norms.mean():.2f}" for exp in ("E5", "E6") for norms in norms_by_snr(exp)),
+                *(f"{trace:,.0f}" for exp, key in (("E5", OWN), ("E6", OWN), ("E6", UNWEIGHTED))
+                  for trace in cleanest_probe(exp, key))],
         "C17": [f"{logged('E5', 'loss', 'train/loss')[0]:.3f} at step 100",
                 f"{logged('E5', 'loss', 'train/loss')[-1]:.4f} at 10k", f"{loss[0]:.3f}", f"{loss[1]:.4f}", loss[2],
                 f"{mean_loss[0]:.3f}", f"{mean_loss[1]:.3f}"],
@@ -177,13 +182,67 @@ def measured():
         "E6.md": [f"{lower} of", factors, f"{bins['E6', 8000][0] / 8 - bins['E5', 8000][0] / 8:.0f}",
                   *(percent(ema[i]) for i in (0, 1, -1)), percent(raw[0]), percent(raw[-1]),
                   *(f"{error:.4f}" for error in errors)],
-        "E8a.md": [*(percent(gamma_profile[i]) for i in (0, 1, 2)),
-                   *(f"{norms_by_snr(exp)[0].mean():.3f}" for exp in ("E8a", "E8c"))],
-        "E8c.md": [f"{norms.mean():.3f}" for norms in norms_by_snr("E8c")],
         "summary.md": [*steady, *(percent(x[i]) for x in (ema, raw) for i in (0, -1)), factors,
-                       f"by {percent(errors[1] / errors[0] - 1)}", f"{profiles['E6', 'ema'][0]:.3f}",
+                       f"by {percent(errors[1] / errors[0] - 1)}",
+                       f"{kept('E6').log('per_t')[-1]['eps_mse_ema'][0]:.3f}",
                        percent((r["ceiling"] - r["val/fd_lite0"]) / (r["ceiling"] - r["floor"])),
                        f"{lower} of 50 records"],
+    }
+
+
+def measured_of_normalised():
+    """The same of E4 beside E6."""
+    ratio = logged("E4", "loss", NORM) / logged("E6", "loss", NORM)
+    first, last = (f"{np.median(part):.3f}" for part in (ratio[:25], ratio[-25:]))
+    apart = [f"{100 * abs(profile_change('E4', 'E6', key)).max():.1f} %" for key in ("ema", "raw")]
+    alike = f"{np.corrcoef(*(logged(exp, 'loss', 'train/eps_mse') for exp in ('E4', 'E6')))[0, 1]:.5f}"
+    late = [np.divide(*(logged(exp, "loss", key, 8000).mean() for exp in ("E4", "E6")))
+            for key in ("train/eps_mse_mean", "train/loss_mean")]
+    return {
+        "C05": [*apart, alike],
+        "C06": [first, last],
+        "E4.md": [*apart, alike, *(f"{x:.3f}" for x in late), f"{np.median(ratio):.3f}", first, last,
+                  f"{(logged('E4', 'loss', NORM) > 1).sum()} of 100",
+                  f"{(logged('E6', 'loss', NORM) > 0.913073).sum()} of 100"],
+        "summary.md": [*apart, alike, first, last],
+    }
+
+
+def measured_of_gamma():
+    """The same of E8a, E8b and E8c."""
+    arms = "E8a", "E8b", "E8c"
+    own, loss, error = ({exp: logged(exp, log, key, 4000).mean() for exp in arms} for log, key in (
+        ("curvature", OWN), ("loss", "train/loss_mean"), ("loss", "train/eps_mse_mean")))
+    one, three = profile_change("E8a", "E8c"), profile_change("E8b", "E8c")
+    raw_one, raw_three = (profile_change(exp, "E8c", "raw") for exp in ("E8a", "E8b"))
+    between, raw_between = (f"{((np.minimum(0, a) <= b) & (b <= np.maximum(0, a))).sum()} of 21"
+                            for a, b in ((one, three), (raw_one, raw_three)))
+    return {
+        "C04": [f"{weight * (1 + change[1]):.3f}" for weight, change in ((1 / 5, raw_one), (3 / 5, raw_three))],
+        "C09": [f"{own['E8c'] / own['E8a']:.3f} times"],
+        "C12": [f"{x['E8a'] / x['E8c']:.3f} times" for x in (loss, error)],
+        "C14": [*(percent(one[i]) for i in (0, 1, -2)), between],
+        "C15": [*(f"{(logged(exp, 'loss', NORM) > 1).sum()} of 500" for exp in ("E8a", "E8c")),
+                *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in arms)],
+        "C16": [f"{len(norms_by_snr('E8a')[0])} batches",
+                *(f"{norms.mean():.2f}" for exp in arms for norms in norms_by_snr(exp))],
+        "E8a.md": [*(percent(one[i]) for i in (0, 1, 2)),
+                   *(f"{norms_by_snr(exp)[0].mean():.3f}" for exp in ("E8a", "E8c"))],
+        "E8b.md": [between, raw_between, *(percent(x[i]) for x in (one, three) for i in (0, 1, -2)),
+                   *(f"{error[exp]:.4f}" for exp in arms)],
+        "E8c.md": [f"{norms.mean():.3f}" for norms in norms_by_snr("E8c")],
+        "summary.md": [between],
+    }
+
+
+def measured_of_swap():
+    """The same of swap.py's samples: their grain."""
+    lines = [json.loads(line) for line in (KEPT / "swap.jsonl").read_text().splitlines()]
+    below = [int((spaced_timesteps(1000, nfe) < lines[0]["at"]).sum()) for nfe in (50, 10, 100)]
+    assert below[1:] == [2, 13]  # in words
+    return {
+        "summary.md": [f"Only {below[0]} of the 50", ", ".join(f"{r['grain']:.1f}" for r in lines),
+                       f"{lines[0]['grain_train']:.1f} levels"],
     }
 
 
@@ -198,7 +257,9 @@ def test_the_page_states_the_numbers_that_the_code_gives(name, numbers):
     assert [number for number in numbers if not states(here, number)] == []
 
 
-def test_the_pages_state_the_numbers_that_the_logs_give():
+@pytest.mark.parametrize("measured", [measured_of_min_snr, measured_of_normalised, measured_of_gamma,
+                                      measured_of_swap])
+def test_the_pages_state_the_numbers_that_the_logs_give(measured):
     for name, numbers in measured().items():
         text = item(claims()[name], "Here") if name in claims() else " ".join((DOCS / name).read_text().split())
         assert [number for number in numbers if not states(text, number)] == [], name
@@ -207,12 +268,23 @@ def test_the_pages_state_the_numbers_that_the_logs_give():
 ERROR = r"-?\d+(?:,\d{3})*(?:\.\d+)? ± \d+(?:,\d{3})*(?:\.\d+)?(?: %)?"  # a number with its error
 
 
+def swapped():
+    """Of each line of swap.jsonl both distances, each with its relative difference from the first, as a page has it."""
+    lines = [json.loads(line) for line in (KEPT / "swap.jsonl").read_text().splitlines()]
+
+    def relative(r, name):
+        return report.Measured(*(r[f"{name}_difference{part}"] / lines[0][name] for part in ("", "_stderr")))
+
+    return [[text for name in report.metric_names(r["features"]) for text in (
+        str(report.Measured(r[name], r[f"{name}_stderr"])), report.percent(relative(r, name)))] for r in lines]
+
+
 @pytest.mark.parametrize("page", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.name)
 def test_every_number_with_its_error_stands_in_a_report(page):
-    """ "514.4 ± 3.0" anywhere by hand is what report.py prints from the kept logs, and those of one row are of one."""
+    """ "514.4 ± 3.0" anywhere by hand is what report.py or swap.py give of the kept runs; those of a row are of one."""
     texts = [path.read_text() for path in KEPT.glob("reports/*/*.md")]
     rows = [re.findall(ERROR, line) for text in [*texts, report.table_to_markdown(report.results_table(KEPT))]
-            for line in text.splitlines() if line.startswith("|")]
+            for line in text.splitlines() if line.startswith("|")] + swapped()
     assert len(rows) > 30
     printed = {number for row in rows for number in row}
     text = page.read_text()
