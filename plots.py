@@ -313,13 +313,14 @@ def baseline_of(run: Run, runs: list[Run]) -> Run:
     for other in runs:
         if (other.exp, other.seed) == (runs[0].exp, run.seed):
             return other
-    raise RunError(f"{run.path}: no run of {runs[0].exp} with seed {run.seed} to compare it with")
+    raise RunError(f"{run.path}: nothing of {runs[0].exp} with seed {run.seed} to compare it with")
 
 
 def per_t(runs: list[Run]) -> Figure:
     """Held-out eps-MSE of each timestep, and its ratio to the first arm's of the same seed."""
     fig, axes = subplots(2, 1, figsize=(6.5, 5.4), sharex=True, height_ratios=[3, 2])
     look, profiles = looks(runs), dict(zip(runs, last_profiles(runs), strict=True))
+    first = profiles[runs[0]]
     for run, profile in profiles.items():
         line(axes[0], run, look[run.exp], profile["t"], profile["eps_mse_ema"])
         ratio = np.divide(profile["eps_mse_ema"], profiles[baseline_of(run, runs)]["eps_mse_ema"])
@@ -328,8 +329,8 @@ def per_t(runs: list[Run]) -> Figure:
     log_axis(axes[0].yaxis)
     axes[1].set(xlabel="timestep t", ylabel=f"ratio to {runs[0].exp}")
     legend(fig, [axes[0]])
-    return finish(fig, f"Unweighted eps-MSE of the EMA weights at step {profile['step']:,} on {profile['n']} "
-                       f"fixed held-out images with fixed eps. {seeds_note(runs)}")
+    return finish(fig, f"Unweighted eps-MSE of the EMA weights at step {first['step']:,} on {first['n']} fixed "
+                       f"held-out images with fixed eps. {seeds_note(runs)}")
 
 
 def effective_loss(runs: list[Run]) -> Figure:
@@ -492,21 +493,23 @@ def relative_to(base: Run, run: Run, points: list[dict], key: str) -> list[dict]
 
 
 def frontier(runs: list[Run]) -> Figure:
-    """Distance against NFE by sampler; and where it is of several arms, relative to the first, paired by seed."""
+    """Distance against NFE by sampler; below, where arms have it at one step, relative to the first, paired by seed."""
     points = frontier_points(runs)
     runs, used = list(points), [r for own in points.values() for r in own]
     key, name = distance_name(used[0]["features"])
-    several, look = len({run.exp for run in runs}) > 1, looks(runs)
-    fig, axes = subplots(1 + several, 1, figsize=(6.5, 5.8 if several else 4), sharex=True, squeeze=False,
-                         height_ratios=[3, 2][:1 + several])
+    paired = {run: relative_to(baseline_of(run, runs), run, own, key) for run, own in points.items()
+              if run.exp != runs[0].exp}
+    both, look = any(paired.values()), looks(runs)
+    fig, axes = subplots(1 + both, 1, figsize=(6.5, 5.8 if both else 4), sharex=True, squeeze=False,
+                         height_ratios=[3, 2][:1 + both])
     axes = axes[:, 0]
     for run, own in points.items():
         draw_by_nfe(axes[0], run, look[run.exp], own, key)
-        if run.exp != runs[0].exp:
-            draw_by_nfe(axes[1], run, look[run.exp], relative_to(baseline_of(run, runs), run, own, key), key)
     draw_context(axes[0], used)
     axes[0].set_ylabel(name)
-    if several:
+    if both:
+        for run, differences in paired.items():
+            draw_by_nfe(axes[1], run, look[run.exp], differences, key)
         axes[1].axhline(0, color=look[runs[0].exp]["color"], linewidth=1)
         axes[1].set_ylabel(f"relative to {runs[0].exp} (%)")
     nfes = sorted({r["nfe"] for r in used})
@@ -519,7 +522,7 @@ def frontier(runs: list[Run]) -> Figure:
                for run in runs}
     fig.legend(handles=[*handles.values(), *samplers], loc="outside upper center", ncols=2)
     steps = " and ".join(f"{step:,}" for step in sorted({r["step"] for r in used}))
-    below = " Below: differences of paired samples." if several else ""
+    below = " Below: differences of paired samples." if both else ""
     return finish(fig, f"EMA weights at step {steps}, n = {used[0]['n']:,}, {used[0]['features']} features; bars: one "
                        f"standard error.{below} {seeds_note(runs)}")
 

@@ -316,7 +316,7 @@ def trace_section(pairs: list[tuple[Run, Run]]) -> tuple[Section, list[Change]]:
                 if name == "last fifth":
                     asked, made = ((c.curvature.every, c.curvature.num_probes)
                                    for c in (load_config(b), pairs[0][1].config))
-                    wanted = f"every {asked[0]} steps, {asked[1]} probes" if asked[0] else "no trace"
+                    wanted = f"every {asked[0]} steps, {asked[1]} probes" if asked[0] else "none was registered"
                     registered = "yes" if asked == made else f"no: {wanted}"
                     changes.append(Change(f"trace {text}", pooled(change), TRACE_CRITERION, registered))
     if not table:

@@ -124,9 +124,15 @@ def norms_by_snr(exp):
 
 
 def cleanest_probe(exp, key):
-    """Trace of the probe with the highest mean SNR, and the median of all, averaged over the last fifth of E5 or E6."""
-    samples = logged(exp, "curvature", key.replace("_mean", "_samples"), 8000).mean(axis=0)
-    return samples[np.argmax(logged(exp, "curvature", "curvature/snr_mean_samples")[0])], np.median(samples)
+    """Trace of the probe with the highest mean SNR, and the median of all, averaged over the last fifth of the run."""
+    samples = logged(exp, "curvature", key.replace("_mean", "_samples"), 0.8 * kept(exp).config.train.total_steps)
+    probes = samples.mean(axis=0)
+    return probes[np.argmax(logged(exp, "curvature", "curvature/snr_mean_samples")[0])], np.median(probes)
+
+
+def unweighted_and_own(exp):
+    """ "2,573 (716) and 467 (525)": both traces of the probe with the highest mean SNR, with the median of all."""
+    return " and ".join("{:,.0f} ({:,.0f})".format(*cleanest_probe(exp, key)) for key in (UNWEIGHTED, OWN))
 
 
 def profile_change(arm, baseline, key="ema"):
@@ -168,8 +174,8 @@ def measured_of_min_snr():
                 *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in ("E5", "E6"))],
         "C16": [f"the {len(norms_by_snr('E5')[0])} batches",
                 *(f"{norms.mean():.2f}" for exp in ("E5", "E6") for norms in norms_by_snr(exp)),
-                *(f"{trace:,.0f}" for exp, key in (("E5", OWN), ("E6", OWN), ("E6", UNWEIGHTED))
-                  for trace in cleanest_probe(exp, key))],
+                *(f"{trace:,.0f}" for trace in cleanest_probe("E5", OWN)),
+                unweighted_and_own("E6").replace("(", "(median ", 1)],
         "C17": [f"{logged('E5', 'loss', 'train/loss')[0]:.3f} at step 100",
                 f"{logged('E5', 'loss', 'train/loss')[-1]:.4f} at 10k", f"{loss[0]:.3f}", f"{loss[1]:.4f}", loss[2],
                 f"{mean_loss[0]:.3f}", f"{mean_loss[1]:.3f}"],
@@ -184,7 +190,7 @@ def measured_of_min_snr():
                   *(f"{error:.4f}" for error in errors)],
         "summary.md": [*steady, *(percent(x[i]) for x in (ema, raw) for i in (0, -1)), factors,
                        f"by {percent(errors[1] / errors[0] - 1)}",
-                       f"{kept('E6').log('per_t')[-1]['eps_mse_ema'][0]:.3f}",
+                       "{:.2f} to {:.2f}".format(*(kept(e).log("per_t")[-1]["eps_mse_ema"][0] for e in ("E5", "E6"))),
                        percent((r["ceiling"] - r["val/fd_lite0"]) / (r["ceiling"] - r["floor"])),
                        f"{lower} of 50 records"],
     }
@@ -200,11 +206,13 @@ def measured_of_normalised():
             for key in ("train/eps_mse_mean", "train/loss_mean")]
     return {
         "C05": [*apart, alike],
-        "C06": [first, last],
+        "C06": [first, last, f"from {ratio[:25].min():.2f} to {ratio[:25].max():.2f}"],
         "E4.md": [*apart, alike, *(f"{x:.3f}" for x in late), f"{np.median(ratio):.3f}", first, last,
                   f"{(logged('E4', 'loss', NORM) > 1).sum()} of 100",
                   f"{(logged('E6', 'loss', NORM) > 0.913073).sum()} of 100"],
-        "summary.md": [*apart, alike, first, last],
+        "summary.md": [*apart, alike, first, last,
+                       f"{np.corrcoef(*(logged(exp, 'loss', 'train/eps_mse') for exp in ('E5', 'E6')))[0, 1]:.3f}",
+                       "{:.2f} to {:.2f} by quarter".format(*np.sort([*map(np.median, np.split(ratio, 4))])[[0, -1]])],
     }
 
 
@@ -220,12 +228,14 @@ def measured_of_gamma():
     return {
         "C04": [f"{weight * (1 + change[1]):.3f}" for weight, change in ((1 / 5, raw_one), (3 / 5, raw_three))],
         "C09": [f"{own['E8c'] / own['E8a']:.3f} times"],
-        "C12": [f"{x['E8a'] / x['E8c']:.3f} times" for x in (loss, error)],
+        "C12": [*(f"{x['E8a'] / x['E8c']:.3f} times" for x in (loss, error)),
+                "{:.3f} and {:.3f} times".format(*(x["E8b"] / x["E8c"] for x in (loss, error)))],
         "C14": [*(percent(one[i]) for i in (0, 1, -2)), between],
-        "C15": [*(f"{(logged(exp, 'loss', NORM) > 1).sum()} of 500" for exp in ("E8a", "E8c")),
-                *(f"{logged(exp, 'loss', NORM, 100).max():.2f}" for exp in arms)],
+        "C15": ["{}, {} and {} of 500".format(*((logged(exp, "loss", NORM) > 1).sum() for exp in arms)),
+                "{:.2f}, {:.2f} and {:.2f}".format(*(logged(exp, "loss", NORM, 100).max() for exp in arms))],
         "C16": [f"{len(norms_by_snr('E8a')[0])} batches",
-                *(f"{norms.mean():.2f}" for exp in arms for norms in norms_by_snr(exp))],
+                *(f"{norms.mean():.2f}" for exp in arms for norms in norms_by_snr(exp)),
+                *(unweighted_and_own(exp) for exp in ("E8a", "E8c"))],
         "E8a.md": [*(percent(one[i]) for i in (0, 1, 2)),
                    *(f"{norms_by_snr(exp)[0].mean():.3f}" for exp in ("E8a", "E8c"))],
         "E8b.md": [between, raw_between, *(percent(x[i]) for x in (one, three) for i in (0, 1, -2)),
@@ -239,9 +249,8 @@ def measured_of_swap():
     """The same of swap.py's samples: their grain."""
     lines = [json.loads(line) for line in (KEPT / "swap.jsonl").read_text().splitlines()]
     below = [int((spaced_timesteps(1000, nfe) < lines[0]["at"]).sum()) for nfe in (50, 10, 100)]
-    assert below[1:] == [2, 13]  # in words
     return {
-        "summary.md": [f"Only {below[0]} of the 50", ", ".join(f"{r['grain']:.1f}" for r in lines),
+        "summary.md": ["{} of 50, {} of 10 and {} of 100".format(*below), ", ".join(f"{r['grain']:.1f}" for r in lines),
                        f"{lines[0]['grain_train']:.1f} levels"],
     }
 

@@ -238,6 +238,17 @@ def test_a_frontier_of_one_arm_and_seeds_without_one(one_seed):
         path = one_seed / exp / "seed1078" / "results.jsonl"
         path.write_text("".join(text for text in path.open() if "frontier" not in text))
     assert "Seed 1077." in caption(plots.draw("frontier", ["E5", "E6"], one_seed))
+    path.write_text((RECORDED / "E6" / "seed1078" / "results.jsonl").read_text())  # of E6 alone
+    with pytest.raises(RunError, match="nothing of E5 with seed 1078 to compare it with"):
+        plots.draw("frontier", ["E5", "E6"], one_seed)
+
+
+def test_frontiers_at_other_steps_are_not_paired(one_seed):
+    path = one_seed / "E5" / "seed1077" / "results.jsonl"
+    path.write_text("".join(json.dumps(r | {"step": 59} if r["kind"] == "frontier" else r) + "\n"
+                            for r in records(one_seed, "E5", "results")))
+    fig = plots.draw("frontier", ["E5", "E6"], one_seed)
+    assert len(fig.axes) == 1 and "at step 59 and 60" in caption(fig) and "Below" not in caption(fig)
 
 
 def test_several_seeds_are_several_lines_of_one_look_and_one_entry():
@@ -353,7 +364,7 @@ def test_profiles_are_compared_seed_by_seed(tmp_path):
     assert len(ratios) == 2 and all((ratio == 1).all() for ratio in ratios)
     shutil.copytree(RECORDED, tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "E5" / "seed1078")
-    with pytest.raises(RunError, match="no run of E5 with seed 1078 to compare it with"):
+    with pytest.raises(RunError, match="nothing of E5 with seed 1078 to compare it with"):
         plots.draw("per_t", ["E5", "E6"], tmp_path / "runs")
     path = tmp_path / "runs" / "E6" / "seed1077" / "per_t.jsonl"
     path.write_text(path.read_text().replace('"n": 2', '"n": 3'))

@@ -285,7 +285,7 @@ def test_the_verdict_says_what_it_is_not(runs):
     assert "not FID" not in " ".join(part for part in found if isinstance(part, str))
     assert [row[4] for row in found[0].rows] == ["yes", "no: FID, NFE 50, n = 10,000"] + ["yes"] * 3
     edit(runs, "E6", "config.json", lambda c: c | {"exp": "E3"})  # an arm of which no trace was asked for
-    assert [row[4] for row in sections(runs)["Verdict"].parts[0].rows][2:] == ["no: no trace"] * 3
+    assert [row[4] for row in sections(runs)["Verdict"].parts[0].rows][2:] == ["no: none was registered"] * 3
 
 
 def test_a_frontier_of_other_features_than_the_configs(runs):
