@@ -413,13 +413,24 @@ def verdict_section(pairs: list[tuple[Run, Run]], distances: list[Change], trace
     return Section("Verdict", [Table(["verdict", "measure", "change", "better means", "as registered"], rows), *text])
 
 
+def seeds_section(pairs: list[tuple[Run, Run]]) -> Section:
+    """The changes on which the verdict is passed, of each seed alone and with its own error."""
+    alone = [{c.measure: percent(c.change) for section in (distance_section, trace_section) for c in section([pair])[1]}
+             for pair in pairs]
+    rows = [[measure, *(changes.get(measure, "") for changes in alone)] for measure in dict.fromkeys(
+        measure for changes in alone for measure in changes)]
+    return Section("Seed by seed", [Table(["relative change", *(str(run.seed) for run, _ in pairs)], rows),
+                                    "Errors are those of samples or probes at that seed, not of another one."])
+
+
 def compare(pairs: list[tuple[Run, Run]], factor: list[str], force: bool, notes: Sequence[str] = ()) -> list[Section]:
     """All sections, the verdict first. Raises RunError where the two arms may not be compared."""
     check_seeds(pairs)
     notes = [*notes, *(note for a, b in pairs for note in check_comparable(a, b, factor, force))]
     distance, distance_changes = distance_section(pairs)
     trace, trace_changes = trace_section(pairs)
-    return [verdict_section(pairs, distance_changes, trace_changes), config_section(pairs, notes),
+    seeds = [seeds_section(pairs)] if len(pairs) > 1 else []
+    return [verdict_section(pairs, distance_changes, trace_changes), *seeds, config_section(pairs, notes),
             compute_section(pairs), distance, trace, profile_section(pairs), training_section(pairs)]
 
 

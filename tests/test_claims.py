@@ -303,7 +303,7 @@ def test_every_number_with_its_error_stands_in_a_report(page):
     for line in text.splitlines():
         numbers = re.findall(ERROR, line) if line.startswith("| ") and "notes" not in line else []
         if len(numbers) > 2:  # both arms and their difference: in the order of some row
-            assert any(numbers == [n for n in row if n in numbers] for row in rows), line
+            assert any(all(n in rest for n in numbers) for rest in map(iter, rows)), line
 
 
 def test_each_one_liner_prints_what_the_page_says():

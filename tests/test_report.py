@@ -350,6 +350,15 @@ def test_the_numbers_of_a_comparison_of_two_seeds():
             "1.497; at n = 30 val/fd_lite0 has floor 159 (") in found["Distance"].parts[1]
 
 
+def test_each_seed_alone(runs):
+    alone, together = sections(runs), sections(RECORDED)
+    assert "Seed by seed" not in alone
+    table = together["Seed by seed"].parts[0]
+    assert table.header[1:] == ["1077", "1078"] and all(a != b for _, a, b in table.rows)
+    assert [[measure, change] for measure, change, _ in table.rows] == [
+        row[1:3] for row in alone["Verdict"].parts[0].rows[:-1]]
+
+
 def test_a_distance_says_which_seeds_have_it(tmp_path):
     shutil.copytree(RECORDED, tmp_path / "runs")
     path = tmp_path / "runs" / "E6" / "seed1078" / "results.jsonl"
