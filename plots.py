@@ -439,19 +439,26 @@ def snr_geometry(runs: list[Run]) -> Figure:
 
 
 def grids(runs: list[Run]) -> Figure:
-    """The last grid of samples that all runs have drawn."""
-    names = set.intersection(*({p.name for p in (run.path / "grids").glob("step_*_*.png")} for run in runs))
+    """The last grid of samples that all runs have drawn: a row for each seed that all experiments have."""
+    exps = list(dict.fromkeys(run.exp for run in runs))
+    by_seed = {run.seed: [other for other in runs if other.seed == run.seed] for run in runs}
+    rows = [row for _, row in sorted(by_seed.items()) if [run.exp for run in row] == exps]
+    if not rows:
+        raise RunError(f"{', '.join(str(run.path) for run in runs)}: no seed that all of {', '.join(exps)} have")
+    shown = [run for row in rows for run in row]
+    names = set.intersection(*({p.name for p in (run.path / "grids").glob("step_*_*.png")} for run in shown))
     if not names:
-        raise RunError(f"{', '.join(str(run.path) for run in runs)}: no grid of one step in all of them")
-    name, several = max(names), len({run.seed for run in runs}) > 1
-    fig, axes = subplots(1, len(runs), figsize=(3.6 * len(runs), 4), squeeze=False)
-    for ax, run in zip(axes[0], runs, strict=True):
+        raise RunError(f"{', '.join(str(run.path) for run in shown)}: no grid of one step in all of them")
+    name, several = max(names), len(rows) > 1
+    fig, axes = subplots(len(rows), len(exps), figsize=(3.6 * len(exps), 0.3 + 3.7 * len(rows)), squeeze=False)
+    for ax, run in zip(axes.flat, shown, strict=True):
         ax.imshow(Image.open(run.path / "grids" / name), interpolation="nearest")
         ax.set(title=label(run) + (f", seed {run.seed}" if several else ""), xticks=[], yticks=[])
         ax.grid(False)
     step, sampler, nfe = re.fullmatch(r"step_(\d+)_([a-z]+)(\d+)\.png", name).groups()
+    alike = "each of a row." if several else f"each. Seed {rows[0][0].seed}."
     return finish(fig, f"EMA samples at step {int(step):,}, {sampler.upper()} NFE {nfe}; the same noise in the same "
-                       f"cell of each." + ("" if several else f" Seed {runs[0].seed}."))
+                       f"cell of {alike}")
 
 
 def frontier_points(runs: list[Run]) -> dict[Run, list[dict]]:

@@ -207,6 +207,14 @@ def test_grids(one_seed):
     assert all(ax.images for ax in fig.axes) and "step 60, DDIM NFE 2" in caption(fig)
     titles = [ax.get_title() for ax in plots.draw("grids", ["E5"], RECORDED).axes]
     assert titles == ["E5: constant, seed 1077", "E5: constant, seed 1078"]
+    shutil.copytree(RECORDED / "E6" / "seed1078", one_seed / "E6" / "seed1078")  # of one arm alone: not shown
+    assert len(plots.draw("grids", ["E5", "E6"], one_seed).axes) == 2
+    shutil.rmtree(one_seed / "E6" / "seed1077")
+    with pytest.raises(RunError, match="no seed that all of E5, E6 have"):
+        plots.draw("grids", ["E5", "E6"], one_seed)
+    rows = plots.draw("grids", ["E5", "E6"], RECORDED)
+    assert [ax.get_title()[-4:] for ax in rows.axes] == ["1077", "1077", "1078", "1078"]
+    assert "in the same cell of each of a row." in caption(rows)
 
 
 def test_frontier(one_seed):
