@@ -8,6 +8,7 @@ import re
 import shlex
 import tomllib
 from functools import cache
+from itertools import groupby, product
 
 import numpy as np
 import pytest
@@ -247,13 +248,17 @@ def measured_of_gamma():
     }
 
 
+def swap_lines():
+    return [json.loads(line) for line in (KEPT / "swap.jsonl").read_text().splitlines()]
+
+
 def measured_of_swap():
-    """The same of swap.py's samples: their grain."""
-    lines = [json.loads(line) for line in (KEPT / "swap.jsonl").read_text().splitlines()]
-    below = [int((spaced_timesteps(1000, nfe) < lines[0]["at"]).sum()) for nfe in (50, 10, 100)]
+    """The same of swap.py's samples: their grain, and the timesteps below its cut."""
+    first = swap_lines()[:4]
+    below = [int((spaced_timesteps(1000, nfe) < first[0]["at"]).sum()) for nfe in (50, 10, 100)]
     return {
-        "summary.md": ["{} of 50, {} of 10 and {} of 100".format(*below), ", ".join(f"{r['grain']:.1f}" for r in lines),
-                       f"{lines[0]['grain_train']:.1f} levels"],
+        "summary.md": ["{} of 50, {} of 10 and {} of 100".format(*below), ", ".join(f"{r['grain']:.1f}" for r in first),
+                       f"{first[0]['grain_train']:.1f} levels"],
     }
 
 
@@ -280,14 +285,17 @@ ERROR = r"-?\d+(?:,\d{3})*(?:\.\d+)? ± \d+(?:,\d{3})*(?:\.\d+)?(?: %)?"  # a nu
 
 
 def swapped():
-    """Of each line of swap.jsonl both distances, each with its relative difference from the first, as a page has it."""
-    lines = [json.loads(line) for line in (KEPT / "swap.jsonl").read_text().splitlines()]
+    """What a table may have of swap.jsonl: of each way to draw the timesteps, and each metric, the values of the first
+    arm's own samples or the relative differences from them, a column per sampler and seed."""
+    def cell(r, own, name):
+        if r is own:
+            return str(report.Measured(r[name], r[f"{name}_stderr"]))
+        return report.percent(report.Measured(*(r[f"{name}_difference{part}"] / own[name] for part in ("", "_stderr"))))
 
-    def relative(r, name):
-        return report.Measured(*(r[f"{name}_difference{part}"] / lines[0][name] for part in ("", "_stderr")))
-
-    return [[text for name in report.metric_names(r["features"]) for text in (
-        str(report.Measured(r[name], r[f"{name}_stderr"])), report.percent(relative(r, name)))] for r in lines]
+    parts = [list(part) for _, part in groupby(swap_lines(), key=lambda r: (r["seed"], r["sampler"]))]
+    assert [(r["noisy"], r["clean"]) for r in parts[0]] == [*product(("E5", "E6"), repeat=2)]
+    return [[cell(r, part[0], name) for part, r in zip(parts, way, strict=True)]
+            for way in zip(*parts, strict=True) for name in report.metric_names(way[0]["features"])]
 
 
 @pytest.mark.parametrize("page", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.name)
