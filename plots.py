@@ -37,6 +37,7 @@ SMOOTH = 5  # records of a running mean; of log lines as many as a twentieth of 
 LOOKS = {("constant", None): ("#000000", "-", "o"), ("minsnr", 5.0): ("#d55e00", "--", "s"),
          ("minsnr_norm", 5.0): ("#009e73", "-.", "^"), ("minsnr", 3.0): ("#0072b2", ":", "D"),
          ("minsnr", 1.0): ("#56b4e9", (0, (5, 1, 1, 1, 1, 1)), "v")}
+DASHES = {"ddim": "-", "ddpm": "--"}  # where one figure has both samplers
 MORE_LOOKS = [("#cc79a7", (0, (8, 2)), "P"), ("#e69f00", (0, (3, 3)), "X"), ("#999999", (0, (1, 2)), "*")]
 
 
@@ -480,8 +481,8 @@ def frontier_points(runs: list[Run]) -> dict[Run, list[dict]]:
 
 
 def draw_by_nfe(ax, run: Run, look: dict, points: list[dict], key: str) -> None:
-    """A metric with its error against NFE: DDIM drawn through, DDPM dashed."""
-    for sampler, dash in (("ddim", "-"), ("ddpm", "--")):
+    """A metric with its error against NFE, a line per sampler."""
+    for sampler, dash in DASHES.items():
         chosen = sorted((r for r in points if r["sampler"] == sampler), key=lambda r: r["nfe"])
         if chosen:
             nfe, y = column(chosen, "nfe"), column(chosen, key)
@@ -524,7 +525,7 @@ def frontier(runs: list[Run]) -> Figure:
     axes[-1].set_xticks(nfes, map(str, nfes))
     axes[-1].minorticks_off()
     samplers = [Line2D([], [], color="#777777", linestyle=dash, label=sampler.upper())
-                for sampler, dash in (("ddim", "-"), ("ddpm", "--")) if sampler in column(used, "sampler")]
+                for sampler, dash in DASHES.items() if sampler in column(used, "sampler")]
     handles = {run.exp: Line2D([], [], color=look[run.exp]["color"], marker=look[run.exp]["marker"], label=label(run))
                for run in runs}
     fig.legend(handles=[*handles.values(), *samplers], loc="outside upper center", ncols=2)
