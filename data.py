@@ -13,13 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from errors import UserError
 from rng import generator
 
 SHAPES_TRAIN, SHAPES_TEST = 2048, 1024
-
-
-class DataError(RuntimeError):
-    """The images asked for are not to be had; one line that says what was tried and what to do."""
 
 
 def to_model_range(x_uint8: Tensor) -> Tensor:
@@ -53,7 +50,7 @@ def load_images(name: str, root: str | Path, train: bool = True) -> Tensor:
     """uint8 (N, 3, 32, 32). name: "cifar10" (50,000 train, 10,000 test images) or "shapes" (2,048 and 1,024).
 
     root is where CIFAR-10 lies or is downloaded to; `shapes` is generated and reads no file.
-    Raises DataError where CIFAR-10 is damaged, or missing and out of reach, and ValueError for another name.
+    Raises UserError if CIFAR-10 is damaged, or missing and out of reach, and ValueError for another name.
     """
     if name == "shapes":
         return make_shapes(SHAPES_TRAIN if train else SHAPES_TEST, "train" if train else "test")
@@ -68,27 +65,22 @@ def load_cifar10(root: Path, train: bool) -> Tensor:
     from torchvision.datasets.utils import check_integrity
 
     folder = root / CIFAR10.base_folder
-    if not folder.exists() and (root / CIFAR10.train_list[0][0]).exists():
-        raise DataError(f"cifar10: {root} is the folder of batches itself; give the one that holds it, {root.parent}")
-    ways_out = (f"give --data-root DIR where DIR/{CIFAR10.base_folder} exists, or put {CIFAR10.filename} "
-                f"into {root}, or try without data: --exp smoke")
-    if folder.exists():
-        files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-        for file, md5 in files:
+    ways_out = (f"give --data-root DIR with the folder DIR/{CIFAR10.base_folder}, put {CIFAR10.filename} into {root}, "
+                "or try without data: --exp smoke")
+    if folder.exists() or (root / CIFAR10.train_list[0][0]).exists():
+        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
             if not check_integrity(str(folder / file), md5):
-                raise DataError(f"cifar10: {folder / file} is missing, unreadable or has the wrong md5; "
-                                f"remove {folder} to have it unpacked again, or {ways_out}")
+                raise UserError(f"cifar10: {folder / file} is missing, unreadable or has the wrong md5; {ways_out}")
         dataset = CIFAR10(root, train=train, download=False)
     else:
         made = [path for path in (root, *root.parents) if not path.exists()]
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                dataset = CIFAR10(root, train=train, download=True)
+            dataset = CIFAR10(root, train=train, download=True)
         except (OSError, RuntimeError) as error:  # no network, no permission, full disk; a broken archive
             with contextlib.suppress(OSError):  # not empty, or never made
                 for path in made:
                     path.rmdir()
-            raise DataError(f"cifar10: no {folder}, and the download of {CIFAR10.url} failed ({error}); "
+            raise UserError(f"cifar10: no {folder}, and the download of {CIFAR10.url} failed ({error}); "
                             f"{ways_out}") from error
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
 

@@ -129,7 +129,11 @@ def ddim_sample(model: Model, diffusion: Diffusion, x_T: Tensor, nfe: int, eta: 
     def step(x_t, x_0_hat, ac_t, ac_s):
         eps_hat = (x_t - math.sqrt(ac_t) * x_0_hat) / math.sqrt(1 - ac_t)
         sigma = eta * math.sqrt((1 - ac_s) / (1 - ac_t) * (1 - ac_t / ac_s))  # eq. 16
-        x_s = math.sqrt(ac_s) * x_0_hat + math.sqrt(1 - ac_s - sigma**2) * eps_hat
+        # at eta = 1, rounding can leave 1 - ac_s - sigma^2 a little below 0
+        x_s = math.sqrt(ac_s) * x_0_hat + math.sqrt(max(0.0, 1 - ac_s - sigma**2)) * eps_hat
         return x_s + sigma * _randn_like(x_t, generator) if sigma > 0 else x_s
 
     return _reverse_process(model, diffusion, x_T, nfe, clip_x0, step)
+
+
+SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}

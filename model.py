@@ -47,24 +47,8 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU of a norm's output: in place where no gradient needs it, since sampling on a CPU waits for memory."""
+    """SiLU of a norm's output: in place if no gradient needs it, since sampling on a CPU waits for memory."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout that on a CPU takes 16 random bits a value, p to the nearest 2^-16.
-
-    torch makes a Bernoulli draw for each value there, which is 6 % of a training step.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.p > 0 and isinstance(x, Tensor) and x.device.type == "cpu"):
-            return super().forward(x)
-        B, C, H, W = x.shape
-        dropped, words = min(round(self.p * 2**16), 2**16 - 1), torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
-        bits = words.random_(-2**63, None).view(torch.int16)[:x.numel()]  # uniform over -2^15 .. 2^15 - 1
-        keep = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
-        return x * keep.view(B, H, W, C).permute(0, 3, 1, 2)  # laid out as x is in channels_last
 
 
 class ResBlock(nn.Module):
@@ -76,7 +60,7 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels)
         self.emb = init_(nn.Linear(emb_dim, out_channels))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_(conv3x3(out_channels, out_channels))
         self.skip = conv1x1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
@@ -102,7 +86,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C): no copy where x is channels_last
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C): no copy if x is channels_last
         q, k, v = qkv.reshape(B, H * W, 3, C).unbind(2)  # each (B, HW, C)
         weights = torch.softmax((q * C**-0.5) @ k.transpose(1, 2), dim=-1)  # (B, HW, HW), rows sum to 1
         out = weights @ v  # (B, HW, C)
@@ -134,7 +118,7 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """eps_hat = UNet(x_t, t). At base_channels 128 this is the published CIFAR-10 network (35.7 M parameters).
 
-    Raises ValueError where base_channels cannot be split into min(32, base_channels // 4) groups.
+    Raises ValueError if base_channels cannot be split into min(32, base_channels // 4) groups.
     """
 
     image_size, image_channels = 32, 3

@@ -1,8 +1,8 @@
-"""One process, or several under torchrun: which one this is, and the few things that they tell each other.
+"""One process, or several under torchrun: which one this is, and what they tell each other.
 
-Every process runs the same program in step. What is random is drawn for the whole and cut by process, what falls into
-independent pieces is shared out by map_shared, and process 0 alone reads and writes the run directory. With one
-process every function here is the identity.
+Every process runs the same program in step. Random draws are made for the whole batch and cut by process, independent
+pieces are shared out by map_shared, and process 0 alone reads and writes the run directory. With one process every
+function here is the identity.
 """
 
 import os
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+from errors import UserError
 
 X = TypeVar("X")
 
@@ -35,33 +37,43 @@ def first() -> bool:
     return rank() == 0
 
 
-def own_device(name: str) -> str:
-    """Under torchrun, "cuda" is the GPU of this process's number on its machine."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+def check_device(name: str) -> torch.device:
+    """The device of that name; under torchrun, "cuda" is the GPU with this process's number. Raises UserError.
+
+    On CUDA it also makes convolutions repeatable and fp32 mean fp32: lower precision is what train.amp is for.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("must be cpu, cuda or cuda:N")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
-class PeerError(RuntimeError):
-    """Another process has gone; one line."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the default of --device
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun has started know each other. Nothing happens where it has started none.
-
-    Raises PeerError where another of them ends within.
-    """
+    """Inside, the processes that torchrun has started form a group. Raises UserError if another of them ends early."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Longer than any piece of map_shared takes. A process that dies is seen at once by gloo, and by torchrun.
+    # The timeout is longer than any piece of map_shared takes. gloo and torchrun see at once that a process has died.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
-            raise PeerError(f"process {rank()} of {world()}: another process has ended") from error
+            raise UserError(f"process {rank()} of {world()}: another process has ended") from error
         raise
     finally:
         dist.destroy_process_group()
@@ -81,58 +93,35 @@ def mean(x: Tensor) -> Tensor:
     return x
 
 
-def largest(number: int, device: torch.device) -> int:
-    """The largest of every process's number. Waits for the device."""
-    if world() == 1:
-        return number
-    x = torch.tensor(number, device=device)
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return int(x)
-
-
 def gathered(own: X) -> list[X]:
     """Every process's object, by rank. Tensors must be on the CPU."""
-    if world() == 1:
-        return [own]
-    boxes: list = [None] * world()
-    dist.all_gather_object(boxes, own)
+    boxes: list = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(boxes, own)
     return boxes
 
 
 def from_first(value: Callable[[], X]) -> X:
-    """What value() is in process 0, for all: for what depends on files. Where it raises there, all of them end."""
-    if world() == 1:
-        return value()
-    box = [None, True]
-    try:
-        if first():
-            box = [value(), False]
-    finally:
-        dist.broadcast_object_list(box, src=0)
-    if box[1]:
+    """value() of process 0, for all processes: for what depends on files. If it raises there, all of them end."""
+    result = error = None
+    if first():
+        try:
+            result = value()
+        except Exception as e:  # raised below, when the others know
+            error = e
+    result, failed = gathered((result, error is not None))[0]
+    if error is not None:
+        raise error
+    if failed:
         sys.exit(2)  # process 0 says why
-    return box[0]
+    return result
 
 
 def in_turn(value: Callable[[], X]) -> X:
-    """value() of each process, the first on each machine before the others: it may download what they then find.
-
-    Where it raises in one, all of them end.
-    """
-    if world() == 1:
-        return value()
-    result = error = None
-    for turn in (True, False):
-        if (os.environ["LOCAL_RANK"] == "0") == turn:
-            try:
-                result = value()
-            except Exception as e:  # raised below, when the others know
-                error = e
-        if any(gathered(error is not None)):
-            if error is None:
-                sys.exit(2)
-            raise error
-    return result
+    """value() of each process. Process 0 goes first, so that it may download what the others then find."""
+    own = []
+    from_first(lambda: own.append(value()))
+    return own[0] if first() else value()
 
 
 def map_shared(function: Callable[[int], X], count: int, progress: str | None = None) -> list[X]:

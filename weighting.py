@@ -3,6 +3,8 @@
 Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,35 @@ def min_snr(snr: Tensor, gamma: float) -> Tensor:
     return (gamma / snr).clamp(max=1)
 
 
-def loss_weights(snr: Tensor, kind: str, gamma: float | None = None) -> Tensor:
-    """The weight of each timestep, float64 (T,), from the schedule's snr (T,).
+def constant(snr: Tensor, gamma: float | None) -> Tensor:
+    """w = 1: the unweighted loss of Ho et al. 2020, eq. 14."""
+    return torch.ones_like(snr)
 
-    kind: "constant" (1 everywhere; gamma is not used), "minsnr" (see min_snr), or "minsnr_norm" (minsnr divided by
-    its mean over the *schedule*, so that the mean over all t is 1. The mean over a batch would be a biased and noisy
-    divisor: with 4 samples, weights of up to 3.9 in place of 1.095).
 
-    Raises ValueError for another kind, or where Min-SNR has no gamma above 0.
-    """
-    snr = snr.double()
-    if kind == "constant":
-        return torch.ones_like(snr)
-    if kind not in ("minsnr", "minsnr_norm"):
-        raise ValueError(f"weighting {kind!r}: must be 'constant', 'minsnr' or 'minsnr_norm'")
+def minsnr(snr: Tensor, gamma: float | None) -> Tensor:
     if gamma is None:
-        raise ValueError(f"weighting {kind!r} needs a gamma")
-    w = min_snr(snr, gamma)
-    return w / w.mean() if kind == "minsnr_norm" else w
+        raise ValueError("a Min-SNR weighting needs a gamma")
+    return min_snr(snr, gamma)
+
+
+def minsnr_norm(snr: Tensor, gamma: float | None) -> Tensor:
+    """Min-SNR divided by its mean over the schedule, so that the mean over all t is 1.
+
+    The mean over a batch would be a biased and noisy divisor: with 4 samples, weights of up to 3.9 instead of 1.095.
+    """
+    w = minsnr(snr, gamma)
+    return w / w.mean()
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
+    "constant": constant, "minsnr": minsnr, "minsnr_norm": minsnr_norm}
+
+
+def loss_weights(snr: Tensor, kind: str, gamma: float | None = None) -> Tensor:
+    """The weight of each timestep on the eps-MSE: float64 (T,), from the snr of the whole schedule (T,).
+
+    kind: a key of WEIGHTINGS. Raises ValueError for another kind, or if Min-SNR has no gamma above 0.
+    """
+    if kind not in WEIGHTINGS:
+        raise ValueError(f"weighting {kind!r}: must be one of {', '.join(WEIGHTINGS)}")
+    return WEIGHTINGS[kind](snr.double(), gamma)

@@ -1,4 +1,4 @@
-"""What several test files share: a network small enough for seconds, and where real CIFAR-10 may lie."""
+"""What several test files share: networks small enough for seconds, and the folder of real CIFAR-10."""
 
 import os
 import sys
@@ -17,15 +17,18 @@ TINY = ["data.name=shapes", "model.base_channels=8", "model.channel_mults=[1,2]"
         "train.total_steps=12", "train.checkpoint_every=5", "log.every=3", "grid.every=6", "grid.n=4", "grid.nfe=2",
         "eval.every=6", "eval.profile_images=2", "eval.features=none", "eval.nfe=2"]
 
-
 # And one for tests of many processes: a step takes 15 ms.
 SMALLEST = ["model.base_channels=4", "model.channel_mults=[1,1,1]", "model.num_res_blocks=1",
             "model.attn_resolutions=[]", "grid.n=4", "grid.nfe=2", "eval.profile_images=2", "eval.features=none",
             "eval.nfe=2"]
 
 
+def set_flags(*overrides):
+    return [arg for override in overrides for arg in ("--set", override)]
+
+
 def small_run_flags(*overrides):
-    return [arg for override in [*SMALLEST, *overrides] for arg in ("--set", override)]
+    return set_flags(*SMALLEST, *overrides)
 
 
 def same(a, b):
@@ -37,16 +40,6 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
-
-def pytest_addoption(parser):
-    parser.addoption("--campaign", action="store_true",
-                     help="with -m campaign: 1,000 kills and 10,000 examples per property")
-
-
-def pytest_configure(config):
-    if config.getoption("--campaign"):
-        os.environ["EXAMPLES"] = "10000"
 
 
 def tiny_network(*_):
@@ -64,11 +57,6 @@ def tiny_network(*_):
     return Tiny()
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Starts the scripts as real processes; see processes.py."""
@@ -83,9 +71,8 @@ def run_train(tmp_path):
     from train import main
 
     def run(exp, *overrides, out="runs", flags=(), seed=1077):
-        sets = [arg for override in [*TINY, *overrides] for arg in ("--set", override)]
         status = main(["--exp", exp, "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / out), *flags,
-                       *sets])
+                       *set_flags(*TINY, *overrides)])
         assert status == 0
         return tmp_path / out / exp / f"seed{seed}"
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from checkpoint import CheckpointError, append_jsonl, filter_jsonl, load_checkpoint, read_jsonl, save_checkpoint
+from checkpoint import load_checkpoint, load_file, lock, save_checkpoint
+from errors import UserError
 
 
 def save(folder, step):
-    save_checkpoint(folder, {"step": step, "w": torch.full((100,), float(step))})
+    save_checkpoint(folder / "last.pt", {"step": step, "config": {}, "w": torch.full((100,), float(step))})
 
 
 def test_round_trip_keeps_the_one_before(tmp_path):
@@ -26,20 +27,19 @@ def test_torch_reads_it_too(tmp_path):
     lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
     lambda content: content[:-1] + bytes([content[-1] ^ 1]),
 ])
-def test_a_damaged_file_is_passed_over_loudly(tmp_path, damage):
+def test_a_damaged_file_is_passed_over_loudly(tmp_path, capsys, damage):
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / "last.pt").write_bytes(damage((tmp_path / "last.pt").read_bytes()))
-    said = []
-    assert load_checkpoint(tmp_path, warn=said.append)["step"] == 1
-    assert len(said) == 1 and "last.pt" in said[0] and "step 1" in said[0]
+    assert load_checkpoint(tmp_path)["step"] == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "last.pt" in said and "step 1" in said
 
 
-def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path, capsys):
     save(tmp_path, 1)
     (tmp_path / "last.pt").rename(tmp_path / "previous.pt")
-    said = []
-    assert load_checkpoint(tmp_path, warn=said.append)["step"] == 1 and "missing" in said[0]
+    assert load_checkpoint(tmp_path)["step"] == 1 and "last.pt" in capsys.readouterr().err
 
 
 def test_both_damaged_is_an_error_that_names_both(tmp_path):
@@ -47,7 +47,7 @@ def test_both_damaged_is_an_error_that_names_both(tmp_path):
     save(tmp_path, 2)
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"x" * 50)
-    with pytest.raises(CheckpointError, match=r"last\.pt.*previous\.pt"):
+    with pytest.raises(UserError, match=r"last\.pt.*previous\.pt"):
         load_checkpoint(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -56,34 +56,37 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     class Payload:
         def __reduce__(self):
             return print, ("ran",)
-    save_checkpoint(tmp_path, {"step": 1, "w": Payload()})
-    with pytest.raises(CheckpointError, match=r"last\.pt: not a checkpoint"):
+    save_checkpoint(tmp_path / "last.pt", {"step": 1, "config": {}, "w": Payload()})
+    with pytest.raises(UserError, match=r"last\.pt: not a checkpoint"):
         load_checkpoint(tmp_path)
 
 
-def test_jsonl(tmp_path):
-    path = tmp_path / "a.jsonl"
-    assert read_jsonl(path) == []
-    filter_jsonl(path, lambda record: True)
-    assert not path.exists()
-    for step in (1, 2, 3):
-        append_jsonl(path, {"step": step, "x": 0.1})
-    whole = path.read_bytes()
-    for cut in range(1, len(whole) // 3):  # a crash at any byte of the last line
-        path.write_bytes(whole[:-cut])
-        assert [r["step"] for r in read_jsonl(path)] == [1, 2]
-    path.write_bytes(whole)
-    filter_jsonl(path, lambda record: record["step"] <= 2)
-    append_jsonl(path, {"step": 3, "x": 0.1})
-    assert path.read_bytes() == whole  # rewriting is byte-exact
-    for cut in range(1, len(whole) // 3):  # what is appended takes the place of a cut line
-        path.write_bytes(whole[:-cut])
-        append_jsonl(path, {"step": 3, "x": 0.1})
-        assert path.read_bytes() == whole
-    path.write_bytes(b'{"st')
-    append_jsonl(path, {"step": 1, "x": 0.1})
-    assert path.read_bytes() == whole[:len(whole) // 3]
-    path.write_bytes(whole)
-    with pytest.raises(ValueError):
-        append_jsonl(path, {"x": float("nan")})
-    assert path.read_bytes() == whole
+def test_a_damaged_last_checkpoint_does_not_replace_the_good_one_before(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "last.pt").write_bytes(b"")
+    save(tmp_path, 3)
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_milestone_is_kept_beside_the_two(tmp_path):
+    for name in ("step_000001.pt", "last.pt", "last.pt"):
+        save_checkpoint(tmp_path / name, {"step": 1, "config": {}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt", "step_000001.pt"]
+    assert load_file(tmp_path / "step_000001.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("content", [{"step": 1}, {"config": {}}, {"step": "1", "config": {}}, [1]])
+def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path, content):
+    save_checkpoint(tmp_path / "last.pt", content)
+    with pytest.raises(UserError, match=r"last\.pt: not a checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_one_lock_per_folder(tmp_path):
+    with lock(tmp_path / "a"), lock(tmp_path / "b"), pytest.raises(UserError, match="in use by process"), lock(
+            tmp_path / "a"):
+        pass
+    with lock(tmp_path / "a"):
+        pass

@@ -1,11 +1,9 @@
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
 
-from config import ConfigError, config_from_dict, flatten, list_experiments, load_config
+from config import ConfigError, config_from_dict, flatten, list_experiments, load_config, load_tables
 
 ALL = ["E1", "E2", "E3", "E4", "E5", "E6", "E7a", "E7b", "E7c", "E8a", "E8b", "E8c", "E9a", "E9b", "smoke"]
 
@@ -70,14 +68,14 @@ def test_a_profile_is_laid_over_experiments_and_its_tables_over_the_one_they_nam
         assert small.eval.final_samplers == samplers and small.curvature.every == every
         changed = {key for key, value in flatten(small).items() if flatten(plain)[key] != value}
         assert {key.split(".")[0] for key in changed} <= {"eval", "curvature", "log"}
-    with pytest.raises(ConfigError, match="unknown profile 'cpi'; did you mean cpu"):
+    with pytest.raises(ConfigError, match="'cpi'.*cpu"):
         load_config("E5", profile="cpi")
 
 
 def test_a_profile_with_a_key_that_does_not_exist(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(GOOD.replace("[profiles.cpu]", "[profiles.cpu]\neval.n_sample = 3"))
-    with pytest.raises(ConfigError, match=r"mine.toml: \[profiles.cpu\]: unknown key eval.n_sample; did you mean"):
+    with pytest.raises(ConfigError, match=r"mine.toml: \[profiles.cpu\].*eval.n_sample;.*eval.n_samples"):
         load_config("E5", path, profile="cpu")
     assert load_config("E5", path).eval.n_samples == 5000
 
@@ -91,114 +89,70 @@ def test_configs_are_frozen_and_survive_their_own_json():
 
 GOOD = (ROOT / "experiments.toml").read_text()
 
-BAD_OVERRIDES = [
-    ("train.totl_steps=3", "unknown key train.totl_steps; did you mean train.total_steps?"),
-    ("train=3", "unknown key train"),
-    ("exp=E1", "unknown key exp"),
-    ("title=x", "unknown key title"),
-    ("train.lr", "must read KEY=VALUE"),
-    ("loss.gamma=0", "loss.gamma: 0.0 is out of range, must be > 0"),
-    ("loss.gamma=-5", "loss.gamma: -5.0 is out of range"),
-    ("loss.gamma=inf", "loss.gamma: inf is out of range"),
-    ("loss.gamma=nan", "loss.gamma: nan is out of range"),
-    ("loss.gamma=5x", "loss.gamma: '5x' is not of type float"),
-    ("loss.weighting=min_snr", "unknown value 'min_snr'; did you mean minsnr?"),
-    ("train.batch_size=0", "train.batch_size: 0 is out of range, must be >= 1"),
-    ("train.batch_size=4.5", "train.batch_size: 4.5 is not of type int"),
-    ("train.batch_size=true", "train.batch_size: True is not of type int"),
-    ("train.total_steps=-1", "train.total_steps: -1 is out of range"),
-    ("train.lr=0", "train.lr: 0.0 is out of range"),
-    ("train.grad_clip=0", "train.grad_clip: 0.0 is out of range"),
-    ("train.amp=1", "train.amp: 1 is not of type bool"),
-    ("train.checkpoint_every=0", "train.checkpoint_every: 0 is out of range"),
-    ("grid.nfe=1001", "grid.nfe: 1001 exceeds diffusion.num_timesteps = 1000"),
-    ("grid.nfe=0", "grid.nfe: 0 is out of range"),
-    ("grid.sampler=ddpm2", "unknown value 'ddpm2'; did you mean ddpm?"),
-    ("model.dropout=1.0", "model.dropout: 1.0 is out of range, must be >= 0 and < 1"),
-    ("model.base_channels=130", "130 must be even and divisible by its 32 GroupNorm groups"),
-    ("model.base_channels=2", "model.base_channels: 2 is out of range, must be >= 4"),
-    ("model.channel_mults=[]", "0 levels"),
-    ("model.channel_mults=[1,1,1,1,1,1,1]", "7 levels"),
-    ("model.channel_mults=[1,0]", "0 is out of range"),
-    ("model.channel_mults=2", "2 is not a list"),
-    ("model.attn_resolutions=[20]", "20 is not among this network's resolutions [32, 16, 8, 4]"),
-    ("ema.decay=1", "ema.decay: 1.0 is out of range"),
-    ("diffusion.num_timesteps=0", "diffusion.num_timesteps: 0 is out of range"),
-    ("diffusion.beta_schedule=cosin", "did you mean cosine?"),
-    ("data.name=cifar", "did you mean cifar10?"),
-    ("data.root=3", "data.root: 3 is not of type str"),
-    ("eval.profile_images=2000", "eval.profile_images: 2000 is out of range"),
-    ("eval.nfe=2000", "eval.nfe: 2000 exceeds diffusion.num_timesteps = 1000"),
-    ("eval.n_samples=1", "eval.n_samples: 1 is out of range, must be >= 2"),
-    ("eval.features=lite", "unknown value 'lite'; did you mean lite0?"),
-    ("eval.final_samplers=[]", "eval.final_samplers: names no sampler"),
-    ("eval.final_samplers=['euler']", "unknown value 'euler'"),
-    ("log.every=0", "log.every: 0 is out of range"),
-    ("seed=-1", "seed: -1 is out of range"),
+BAD_OVERRIDES = [  # one of each kind of fault, and the facts that the line must carry
+    ("train.totl_steps=3", ["train.totl_steps", "train.total_steps"]), ("exp=E1", ["exp"]), ("title=x", ["title"]),
+    ("train.lr", ["KEY=VALUE"]), ("loss.gamma=0", ["loss.gamma", "0.0", "> 0"]), ("loss.gamma=nan", ["nan"]),
+    ("loss.gamma=inf", ["loss.gamma", "inf"]), ("loss.gamma=5x", ["loss.gamma", "'5x'", "float"]),
+    ("loss.weighting=min_snr", ["'min_snr'", "minsnr"]), ("diffusion.beta_schedule=cosin", ["cosine"]),
+    ("grid.sampler=ddpm2", ["'ddpm2'", "ddpm"]), ("eval.features=lite", ["'lite'", "lite0"]),
+    ("eval.final_samplers=['euler']", ["'euler'"]), ("eval.final_samplers=[]", ["eval.final_samplers"]),
+    ("train.batch_size=4.5", ["4.5", "int"]), ("train.batch_size=true", ["True", "int"]),
+    ("train.amp=1", ["train.amp", "bool"]), ("data.root=3", ["data.root", "str"]),
+    ("model.dropout=1.0", ["model.dropout", "1.0"]), ("model.base_channels=130", ["130", "32 GroupNorm groups"]),
+    ("model.channel_mults=[1,1,1,1,1,1,1]", ["7", "1 to 6"]), ("model.channel_mults=2", ["2 is not a list"]),
+    ("model.attn_resolutions=[20]", ["20", "[32, 16, 8, 4]"]), ("grid.nfe=1001", ["1001", "1000"]),
+    ("eval.nfe=2000", ["2000", "1000"]), ("seed=-1", ["seed", "-1"]), ("train.lr=" + "[" * 3000, ["train.lr"]),
+    ("train.lr=1" + "0" * 400, ["train.lr"]),
 ]
 
 
-@pytest.mark.parametrize("override, message", BAD_OVERRIDES)
-def test_bad_overrides(override, message):
+@pytest.mark.parametrize("override, facts", BAD_OVERRIDES)
+def test_bad_overrides(override, facts):
     with pytest.raises(ConfigError) as error:
         load_config("E8c", overrides=[override])
     text = str(error.value)
-    assert message in text and f"--set {override}" in text and "experiments.toml" in text and "\n" not in text
-
-
-def test_an_override_without_effect_is_refused():
-    with pytest.raises(ConfigError, match="loss.gamma has no effect with loss.weighting = constant"):
-        load_config("E1", overrides=["loss.gamma=3"])
+    assert all(fact in text for fact in [*facts, "--set", "experiments.toml"]) and "\n" not in text
 
 
 BAD_FILES = [
-    (GOOD.replace('extends = "E5"', 'extends = "E55"', 1), "E6", "[experiments.E6]: extends: unknown experiment 'E55'"),
-    (GOOD.replace('extends = "E1"', 'extends = "E3"', 1), "E3", "inheritance loop E3 -> E2 -> E3"),
-    (GOOD.replace('extends = "E1"', 'extends = "E2"', 1), "E2", "inheritance loop E2 -> E2"),
-    (GOOD.replace('extends = "E1"', "extends = 1", 1), "E2", "extends: unknown experiment 1"),
-    (GOOD.replace("lr = 1e-4", ""), "E1", "train.lr is missing in [defaults]"),
-    (GOOD.replace("lr = 1e-4", "learning_rate = 1e-4"), "E1", "[defaults]: unknown key train.learning_rate"),
-    (GOOD.replace("loss.gamma = 3.0", "loss.gama = 3.0"), "E8b", "loss.gama; did you mean loss.gamma?"),
-    (GOOD.replace("loss.gamma = 3.0", "loss.gamma = 0"), "E8b", "[experiments.E8b]: loss.gamma: 0.0 is out of range"),
-    (GOOD.replace("[defaults.log]", "[defaults.logging]"), "E1", "unknown key logging.every"),
-    (GOOD.replace("\n[defaults]", "\n[default]", 1), "E1", "unknown table default; did you mean defaults?"),
-    (GOOD.replace("seed = 1077", "seed = "), "E1", "Invalid value (at line "),
-    (GOOD.replace("seed = 1077", "seed = 1\nseed = 2"), "E1", "Cannot overwrite a value (at line "),
-    (GOOD + '\n[experiments.E10]\nextends = "E1"\ntitle = "t"\n', "E10", "question is missing"),
-    ("experiments = 5", "E1", "experiments: must be a table"),
-    ("experiments.E1 = 5", "E1", "experiments.E1: must be a table"),
-    ("", "E1", "unknown experiment 'E1'"),
+    (GOOD.replace('extends = "E5"', 'extends = "E55"', 1), "E6", ["[experiments.E6]", "E55"]),
+    (GOOD.replace('extends = "E1"', 'extends = "E3"', 1), "E3", ["E2 -> E3"]),
+    (GOOD.replace('extends = "E1"', "extends = [1]", 1), "E2", ["extends", "[1]"]),
+    (GOOD.replace("lr = 1e-4", ""), "E1", ["train.lr is missing"]),
+    (GOOD.replace("lr = 1e-4", "learning_rate = 1e-4"), "E1", ["[defaults]", "train.learning_rate"]),
+    (GOOD.replace("loss.gamma = 3.0", "loss.gama = 3.0"), "E8b", ["loss.gama", "loss.gamma"]),
+    (GOOD.replace("loss.gamma = 3.0", "loss.gamma = 0"), "E8b", ["[experiments.E8b]", "loss.gamma", "0.0"]),
+    (GOOD.replace("\n[defaults]", "\n[default]", 1), "E1", ["default", "defaults"]),
+    (GOOD.replace("seed = 1077", "seed = "), "E1", ["line "]),
+    (GOOD + '\n[experiments.E99]\nextends = "E1"\ntitle = "t"\n', "E99", ["question is missing"]),
+    ("experiments = 5", "E1", ["experiments"]), ("experiments.E1 = 5", "E1", ["experiments"]), ("", "E1", ["'E1'"]),
+    ("x = " + "[" * 3000, "E1", ["mine.toml"]),
 ]
 
 
-@pytest.mark.parametrize("text, exp, message", BAD_FILES)
-def test_bad_files(tmp_path, text, exp, message):
+@pytest.mark.parametrize("text, exp, facts", BAD_FILES)
+def test_bad_files(tmp_path, text, exp, facts):
     assert text != GOOD
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
         load_config(exp, path)
-    assert message in str(error.value) and "mine.toml" in str(error.value) and "\n" not in str(error.value)
+    assert all(fact in str(error.value) for fact in [*facts, "mine.toml"]) and "\n" not in str(error.value)
 
 
 def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
     (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="mine.toml"):
-        load_config("E1", tmp_path / "mine.toml")
-    with pytest.raises(ConfigError, match="other.toml: cannot be read"):
-        load_config("E1", tmp_path / "other.toml")
-    with pytest.raises(ConfigError, match="unknown experiment 'E8d'; did you mean E8"):
+    for name in ("mine.toml", "other.toml"):
+        with pytest.raises(ConfigError, match=name):
+            load_config("E1", tmp_path / name)
+    with pytest.raises(ConfigError, match="'E8d'.*E8"):
         load_config("E8d")
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--exp", "E99"], "unknown experiment 'E99'"),
-    (["--exp", "smoke", "--set", "eval.features=none", "--out", ROOT / "README.md"], "Not a directory"),
-    (["--exp", "E8c", "--set", "loss.gamma=0"], "loss.gamma: 0.0 is out of range"),
-])
-def test_the_command_says_it_in_one_line_with_status_2(tmp_path, flags, message):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path / "runs", *flags], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("train.py: error: ") and message in done.stderr and done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+def test_figures_and_comparisons_name_what_exists(tmp_path):
+    assert {"min_snr", "cosine"} <= load_tables("comparisons").keys() and "frontier" in load_tables("figures")
+    for line, facts in [('rums = ["E1"]', ["rums", "runs"]), ('runs = ["E0"]', ["'E0'"]), ("title = 5", ["str"])]:
+        (tmp_path / "mine.toml").write_text(f"{GOOD}\n[comparisons.mine]\n{line}\n")
+        with pytest.raises(ConfigError) as error:
+            load_tables("comparisons", tmp_path / "mine.toml")
+        assert all(fact in str(error.value) for fact in [*facts, "comparisons.mine"])

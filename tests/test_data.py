@@ -1,12 +1,14 @@
 import io
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import DataError, batch_indices, grid_png, load_images, make_shapes, to_model_range, to_uint8
+from data import batch_indices, grid_png, load_images, make_shapes, to_model_range, to_uint8
+from errors import UserError
 
 
 def test_pixels_round_trip():
@@ -18,6 +20,8 @@ def test_pixels_round_trip():
     assert torch.equal(to_uint8(y - 0.4 / 127.5), x)
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
+
+# ---- batches ----
 
 @pytest.mark.parametrize("n, batch_size", [(100, 4), (10, 4), (3, 7), (5, 5), (7, 1)])
 def test_batches_cover_each_epoch_without_repetition(n, batch_size):
@@ -39,13 +43,20 @@ def test_batches_are_a_pure_function():
     assert not torch.equal(first[0], first[2])
 
 
+# ---- shapes ----
+
 def test_shapes():
     x = make_shapes(600)
     assert x.shape == (600, 3, 32, 32) and x.dtype == torch.uint8
     assert torch.equal(x[:100], make_shapes(100))  # a longer set begins with the shorter one
-    assert not torch.equal(x[:512], make_shapes(512, "test"))
     assert len(torch.unique(x.flatten(1), dim=0)) == 600
     assert make_shapes(0).shape == (0, 3, 32, 32)
+
+
+def test_train_and_test_shapes_share_no_image():
+    train, test = load_images("shapes", "nowhere"), load_images("shapes", "nowhere", train=False)
+    assert (len(train), len(test)) == (2048, 1024)
+    assert len(torch.unique(torch.cat([train, test]).flatten(1), dim=0)) == 2048 + 1024
 
 
 def test_shapes_have_structure():
@@ -55,6 +66,8 @@ def test_shapes_have_structure():
     assert steps.mean() < 0.05 < steps.amax(dim=(1, 2, 3)).median()  # smooth, with edges
     assert x.mean(dim=(2, 3)).std(dim=0).min() > 0.15 and x.std(dim=(1, 2, 3)).median() > 0.2
 
+
+# ---- CIFAR-10 ----
 
 def test_unknown_set():
     with pytest.raises(ValueError, match="cifar100"):
@@ -74,25 +87,30 @@ def test_a_damaged_cifar10_is_refused_by_file_name(cifar10_root, tmp_path):
     folder.chmod(0o755)
     (folder / "data_batch_3").chmod(0o644)
     (folder / "data_batch_3").write_bytes(b"\0" * 100)
-    with pytest.raises(DataError, match="data_batch_3"):
+    with pytest.raises(UserError, match="data_batch_3"):
         load_images("cifar10", tmp_path)
+    with pytest.raises(UserError, match="data_batch_1"):  # the folder of batches itself: no reason to download
+        load_images("cifar10", folder)
 
 
 def test_cifar10_out_of_reach_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Network is unreachable")
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load_images("cifar10", tmp_path)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in ("download of https://", "Network is unreachable", "--data-root", "cifar-10-python.tar.gz", "smoke"):
-        assert part in message
+    for fact in (str(tmp_path), "https://", "Network is unreachable", "--data-root", "smoke"):
+        assert fact in str(error.value)
 
 
-def test_grid(tmp_path):
+# ---- grids ----
+
+def test_grid():
     x = make_shapes(5)
-    png = grid_png(x, scale=2)
-    image = torch.from_numpy(__import__("numpy").array(Image.open(io.BytesIO(png))))
+    image = torch.from_numpy(np.array(Image.open(io.BytesIO(grid_png(x, scale=2)))))
     assert image.shape == (2 * (2 * 33 + 1), 2 * (3 * 33 + 1), 3)  # 5 images: 3 columns, 2 rows
-    assert torch.equal(image[2:66:2, 68:132:2].permute(2, 0, 1), x[1])
+    for i, (top, left) in enumerate([(2, 2), (2, 68), (2, 134), (68, 2), (68, 68)]):
+        tile = image[top:top + 64, left:left + 64].permute(2, 0, 1)
+        assert torch.equal(tile[:, ::2, ::2], x[i]) and torch.equal(tile[:, 1::2, 1::2], x[i])
+    assert not image[:2].any() and not image[68:132, 134:].any()
+    assert Image.open(io.BytesIO(grid_png(x, 1, cols=5))).size == (5 * 33 + 1, 34)

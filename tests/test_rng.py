@@ -8,7 +8,7 @@ def draw(*args):
 
 
 def test_a_stream_is_a_function_of_seed_purpose_and_index():
-    assert torch.equal(draw(1, "eps", 7), draw(1, "eps", 7))
+    assert torch.equal(draw(1, "eps", 7), draw(1, "eps", 7)) and torch.equal(draw(1, "eps"), draw(1, "eps", 0))
     for other in [(2, "eps", 7), (1, "t", 7), (1, "eps", 8)]:
         assert not torch.equal(draw(1, "eps", 7), draw(*other))
 
@@ -20,9 +20,10 @@ def test_values_are_pinned():
 
 
 def test_no_two_indices_share_a_stream():
-    seeds = {derive_seed(1077, "eps", i) for i in range(200_000)}
-    assert len(seeds) == 200_000  # 32 hashed bits would collide about 4.7 times
-    assert max(seeds) < 2**32
+    indices = [*range(200_000), *range(2**32 - 100_000, 2**32)]
+    seeds = {derive_seed(1077, "eps", i) for i in indices}
+    assert len(seeds) == 300_000  # a 32-bit hash of each index would collide about 10 times
+    assert min(seeds) >= 0 and max(seeds) < 2**32
 
 
 def test_first_draws_of_neighbouring_indices_are_independent():
@@ -40,8 +41,12 @@ def test_making_a_generator_leaves_the_global_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_seed_global_sets_what_dropout_draws():
-    def mask():
-        seed_global(5, "dropout", 3)
-        return torch.nn.functional.dropout(torch.ones(64))
-    assert torch.equal(mask(), mask())
+def test_seed_global_gives_the_global_generator_the_same_stream():
+    seed_global(5, "dropout", 3)
+    mask = torch.nn.functional.dropout(torch.ones(64))
+    seed_global(5, "dropout", 4)
+    assert not torch.equal(torch.nn.functional.dropout(torch.ones(64)), mask)
+    seed_global(5, "dropout", 3)
+    assert torch.equal(torch.nn.functional.dropout(torch.ones(64)), mask)
+    seed_global(5, "dropout", 3)
+    assert torch.equal(torch.randn(4), draw(5, "dropout", 3))

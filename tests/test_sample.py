@@ -5,8 +5,10 @@ from PIL import Image
 
 import sample
 from data import to_uint8
-from evaluate import RunError, load_run, sample_images
+from errors import UserError
+from evaluate import sample_images
 from rng import generator
+from runs import load_run
 
 
 @pytest.fixture
@@ -55,11 +57,19 @@ def test_a_trajectory_leads_from_noise_to_the_usual_sample(run_dir, capsys):
     assert len(set(columns)) == 10  # ten different moments
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--nfe", "0"], "--nfe 0: must be from 1 to T = 1000"), (["--nfe", "1001"], "--nfe 1001"), (["--n", "0"], "--n 0"),
-    (["--eta", "2"], "--eta 2.0"), (["--sampler", "ddpm", "--eta", "0.5"], "ddpm has none"),
+@pytest.mark.parametrize("flags, fact", [
+    (["--nfe", "0"], "--nfe 0.*1000"), (["--nfe", "1001"], "--nfe 1001"), (["--n", "-1"], "--n -1"),
+    (["--eta", "2"], "--eta 2"), (["--sampler", "ddpm", "--eta", "0.5"], "--eta 0.5.*DDIM"),
+    (["--trajectory", "--n", "17"], "--n 17.*16"), (["--seed", "-1"], "--seed -1"), (["--step", "7"], "step 7"),
 ])
-def test_bad_flags_write_nothing(run_dir, flags, message):
-    with pytest.raises(RunError, match=message):
+def test_bad_flags_write_nothing(run_dir, flags, fact):
+    with pytest.raises(UserError, match=fact):
         sample.main([str(run_dir), *flags, "--device", "cpu"])
     assert not (run_dir / "samples").exists()
+
+
+def test_samples_of_a_milestone(run_dir, capsys):
+    sample.main([str(run_dir), "--step", "6", "--n", "2", "--nfe", "2", "--npz", "--device", "cpu"])
+    images = numpy.load(capsys.readouterr().out.split()[1])["arr_0"]
+    expected = sample_images(load_run(run_dir, "cpu", 6).ema, load_run(run_dir, "cpu").diffusion, 2, "ddim", 2, 1077)
+    assert (images == expected.permute(0, 2, 3, 1).numpy()).all()

@@ -1,20 +1,16 @@
-"""The page docs/experiments/why_204.md, held to its script, and the script to the project's samplers."""
+"""docs/experiments/why_204.py, held to closed forms and to the project's samplers."""
 
-import ast
 import importlib.util
 import math
-import re
 
 import pytest
 import torch
 from conftest import ROOT
 
-from diffusion import Diffusion, linear_betas, spaced_timesteps
+from diffusion import Diffusion, linear_betas
 from rng import generator
 
 PAGES = ROOT / "docs" / "experiments"
-PAGE = (PAGES / "why_204.md").read_text(encoding="utf-8")
-PROSE = " ".join(PAGE.split())  # a sentence may be wrapped anywhere
 
 spec = importlib.util.spec_from_file_location("why_204", PAGES / "why_204.py")
 why_204 = importlib.util.module_from_spec(spec)
@@ -93,43 +89,7 @@ def test_the_denoiser_is_the_best_predictor_of_eps():
             assert abs(product.mean()) < 4.5 * product.std() / math.sqrt(product.numel())
 
 
-# ---- the pictures ----
-
-def test_the_pictures_show_noise_and_images():
-    distance = {shown: why_204.distance_to_images(why_204.sample_images(shown[0], D, shown[1], IMAGES), IMAGES)
-                for shown in why_204.SHOWN if shown[1] <= 50}
-    assert distance[ADJACENT, 50] > 0.7 * distance[ADJACENT, 0]
-    assert distance[RESPACED, 50] < why_204.GRAIN and distance[DDIM, 50] < why_204.GRAIN
-    said = ", ".join(f"{distance[shown]:.2f}" for shown in why_204.SHOWN if shown[1] <= 50)
-    assert f"from left to right: {said}, 0.05." in PROSE
-
-
-def test_without_grain_the_last_step_looks_the_image_up(monkeypatch):
-    """Why the pictures' x_0 has pixel noise, as the page says."""
-    monkeypatch.setattr(why_204, "GRAIN", 0.0)
-    assert why_204.distance_to_images(why_204.sample_images(ADJACENT, D, 50, IMAGES, 2), IMAGES) < 1e-6
-
-
-# ---- the page ----
-
-def test_the_page_holds_the_table_that_the_script_prints():
-    assert why_204.table(D) in PAGE
-    assert len(re.findall(r"^\| \d", PAGE, flags=re.M)) == len(why_204.NFES)  # and no row besides
-
-
-def test_the_numbers_of_the_prose():
-    ts = spaced_timesteps(1000, 50)
-    noise, pull = why_204.noise_and_pull(ADJACENT, D, 50)
-    assert set((-ts.diff()).tolist()) == {20, 21} and "20 or 21 apart" in PROSE
-    assert f"close to Σ β_t = {D.betas.sum():.2f}" in PROSE and f"take back {D.betas[ts].sum():.2f} of it" in PROSE
-    assert f"pure noise has d² = {why_204.frechet(0, 1):.2g}" in PROSE
-    assert f"Z has RMS {noise:.3f} and Σ c_t is {pull:.3f}" in PROSE
-    assert f"RMS(x_0) ≥ {noise:.3f} \N{MINUS SIGN} {pull:.3f} max_t RMS(eps_hat)" in PROSE
-    assert f"The data's RMS is {math.hypot(0.3, 0.5):.3f}" in PROSE
-    assert f"an RMS of at least {why_204.needed_rms(D):.2f} at some step" in PROSE
-    assert f"In the respaced chain Σ c_t is {why_204.noise_and_pull(RESPACED, D, 50)[1]:.0f}" in PROSE
-    assert f"{why_204.N_PIXELS:,} sampled pixels" in PROSE and f"pixel noise of std {why_204.GRAIN}" in PROSE
-
+# ---- the argument of the page ----
 
 def test_the_triangle_inequality_that_the_page_rests_on():
     """x_0 is Z - sum c_t eps_hat: constant predictions show Z's RMS and the sum of the c_t in the sampler itself."""
@@ -139,30 +99,3 @@ def test_the_triangle_inequality_that_the_page_rests_on():
                   for e in (0.0, 1.0))
     assert z.square().mean().sqrt().item() == pytest.approx(noise, rel=0.03)
     assert (z - shifted).mean().item() == pytest.approx(pull, rel=1e-9)
-
-
-def test_the_exact_denoisers_rms_stays_below_what_the_page_says():
-    x_T = torch.randn(1, 10_000, generator=generator(0, "test"), dtype=torch.float64)
-    model, seen = why_204.exact_denoiser(D, torch.full_like(x_T, 0.3), 0.5), []
-
-    def watched(x_t, t):
-        seen.append(model(x_t, t))
-        return seen[-1]
-
-    why_204.adjacent_step_ddpm(watched, D, x_T, 50, generator(0, "z"))
-    largest = max(eps_hat.square().mean().sqrt().item() for eps_hat in seen)
-    assert 1.1 < largest < 1.2 < why_204.needed_rms(D) and "stays below 1.2 on this chain" in PROSE
-
-
-def test_the_figures_are_there_and_small():
-    for name in ("why_204.png", "why_204.svg"):
-        assert f"({name})" in PAGE and 10_000 < (PAGES / name).stat().st_size < 400_000
-
-
-def test_the_wrong_sampler_stays_out_of_the_project():
-    """diffusion.py has its two samplers and no third, and no module at the root has the notes' one."""
-    tree = ast.parse((ROOT / "diffusion.py").read_text())
-    takes_x_T = [node.name for node in tree.body
-                 if isinstance(node, ast.FunctionDef) and "x_T" in [arg.arg for arg in node.args.args]]
-    assert takes_x_T == ["_reverse_process", "ddpm_sample", "ddim_sample"]
-    assert [path.name for path in ROOT.glob("*.py") if "adjacent_step" in path.read_text()] == []

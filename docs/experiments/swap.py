@@ -1,11 +1,11 @@
 """At which timesteps two arms part: samples of which one network draws the noisy part and the other the clean part.
 
-    python docs/experiments/swap.py runs/E5/seed1077 runs/E6/seed1077 > docs/experiments/results/swap.jsonl
+    python docs/experiments/swap.py runs/E5/seed1077 runs/E6/seed1077 > swap.jsonl
 
-A line for each of the four ways to take the timesteps t >= AT from one of the two runs and those below from one: its
-distances, their paired differences from the first run's own samples, and the samples' grain beside the training
-images'. Both have to share data, schedule and seed; NFE, features and, unless given, n and sampler are those of the
-first's milestones.
+Prints a line for each of the four combinations (network of t >= AT, network of t < AT): its distances, their paired
+differences from the first run's own samples, and the samples' grain (rms difference of neighbouring pixels) beside that
+of the training images. Both runs must share data, schedule and seed. NFE, features and, unless given, n and sampler are
+those of the first run's milestones.
 """
 
 import argparse
@@ -21,16 +21,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import flatten
 from data import load_images
-from evaluate import (
-    Distances,
-    RunError,
-    extract_shared,
-    load_run,
-    paired_stderr,
-    run_script,
-    sample_images,
-)
+from diffusion import SAMPLERS
+from errors import UserError, run_script
+from evaluate import Distances, extract_shared, sample_images
 from fid import feature_network
+from runs import load_run, paired_stderr
 
 MUST_AGREE = ("data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "seed")
 
@@ -55,22 +50,22 @@ def grain(images: Tensor) -> float:
 
 
 def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
-         data_root: str | None = None, device="cpu") -> list[dict]:
-    """The four lines. Raises RunError."""
-    (config, step, _, first, diffusion), (other, other_step, _, second, _) = (load_run(d, device) for d in run_dirs)
+         data_root: str | None = None, device="cpu", milestone: int | None = None) -> list[dict]:
+    """The four lines. Raises UserError."""
+    loaded = [load_run(run_dir, device, milestone) for run_dir in run_dirs]
+    (config, step, _, first, diffusion), (other, other_step, _, second, _) = loaded
     differs = [key for key in MUST_AGREE if flatten(config)[key] != flatten(other)[key]]
     if differs or step != other_step:
-        raise RunError(f"{run_dirs[0]} and {run_dirs[1]} differ in {', '.join(differs) or 'their last step'}")
+        raise UserError(f"{run_dirs[0]} and {run_dirs[1]} differ in {', '.join(differs) or 'their last step'}")
     if config.exp == other.exp:
-        raise RunError(f"{run_dirs[0]} and {run_dirs[1]}: both of {config.exp}; give two experiments")
+        raise UserError(f"{run_dirs[0]} and {run_dirs[1]}: both of {config.exp}; give two experiments")
     if config.eval.features == "none":
-        raise RunError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
+        raise UserError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
     if not 0 < at < diffusion.T:
-        raise RunError(f"--at {at}: must be from 1 to T - 1 = {diffusion.T - 1}")
+        raise UserError(f"--at {at}: must be from 1 to T - 1 = {diffusion.T - 1}")
     train, test = (load_images(config.data.name, data_root or config.data.root, split) for split in (True, False))
     network = feature_network(config.eval.features, config.eval.inception_weights, device)
     distances = Distances(network, config.data.name, train, test, config.eval.stats_root)
-    distances.check_cache()
     n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
     arms, lines, own, grain_train = {config.exp: first, other.exp: second}, [], None, grain(train)
     for noisy, clean in product(arms, arms):
@@ -93,10 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--at", type=int, default=130, help="130: the first t with w = 1 at gamma 5, linear betas")
     parser.add_argument("--n", type=int, help="the first run's milestone number by default")
-    parser.add_argument("--sampler", choices=["ddpm", "ddim"])
+    parser.add_argument("--step", type=int, help="a milestone of both runs; their last checkpoints by default")
+    parser.add_argument("--sampler", choices=SAMPLERS)
     parser.add_argument("--data-root", help="the first run's by default")
     args = parser.parse_args(argv)
-    swap(args.run_dirs, args.at, args.n, args.sampler, args.data_root)
+    swap(args.run_dirs, args.at, args.n, args.sampler, args.data_root, milestone=args.step)
     return 0
 
 
