@@ -103,51 +103,47 @@ def snr_vs_t(runs: list[Run]) -> Figure:
     return finish(ax, [], "T = 1000. Min-SNR gives a timestep with SNR above gamma a weight below 1.")
 
 
-def distance_axis(ax, run: Run, record: dict | None = None) -> tuple[str, str]:
-    """Name the y axis; draw a results line's floor and ceiling. Returns the keys of a distance and of its error."""
-    features = run.config.eval.features
+def distance_axis(ax, own: dict[Run, list[dict]], context: bool = True) -> tuple[tuple[str, str], str]:
+    """Name the y axis; draw the first line's floor and ceiling. Returns (keys of value and error, caption's part).
+
+    Raises UserError if a run has no line.
+    """
+    records = [r for run in own for r in need(own[run], [run], "such distance in results.jsonl yet")]
+    features = next(iter(own)).config.eval.features
     key = metric_name("fd", features)
     ax.set_ylabel("FID" if key == "val/fid" else f"Fréchet distance ({features})")
-    for end, text in (("floor", "floor: training images"), ("ceiling", "ceiling: noise")) if record else ():
-        if (y := record[f"{key}_{end}"]) is not None:
+    for end, text in (("floor", "floor: training images"), ("ceiling", "ceiling: noise")) if context else ():
+        if (y := records[0][f"{key}_{end}"]) is not None:
             ax.axhline(y, color="#777777", linestyle=":")
             ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
             ax.axhline(0, linewidth=0).sticky_edges.y.append(0)  # the axis begins here
-    return key, f"{key}_stderr"
-
-
-def setting(records: list[dict]) -> str:
-    """The caption's part on distances: each combination of kind, sampler, NFE and n once."""
     parts = dict.fromkeys(f"{r['kind']} {r['sampler'].upper()} NFE {r['nfe']}, n = {r['n']:,}" for r in records)
-    return f"Distances: {'; '.join(parts)}; {records[0]['features']} features; bars: one standard error."
+    return (key, f"{key}_stderr"), f"Distances: {'; '.join(parts)}; {features} features; bars: one standard error."
 
 
 def distance(ax, runs: list[Run], until: float) -> str:
-    own = {run: need([r for r in run.results("milestone") + run.results("final") if r["step"] <= until], [run],
-                     "distance in results.jsonl yet") for run in runs}
-    keys = distance_axis(ax, runs[0], own[runs[0]][0])
+    own = {run: [r for r in run.results("milestone") + run.results("final") if r["step"] <= until] for run in runs}
+    keys, text = distance_axis(ax, own)
     for run, look in looks(runs).items():
         ax.errorbar(*columns([r for r in own[run] if r["kind"] == "milestone"], "step", *keys), **look)
         for r in [r for r in own[run] if r["kind"] == "final"]:
             face = look["color"] if r["sampler"] == run.config.eval.sampler else "white"
             ax.errorbar(*columns([r], "step", *keys), **look | {
                 "marker": "*", "label": None, "markersize": 2 * look["markersize"], "markerfacecolor": face})
-    return f"{setting([r for run in runs for r in own[run]])} Stars: final, open if by another sampler; do not compare different n."
+    return f"{text} Stars: final, open if by another sampler; do not compare different n."
 
 
 def log(ax, runs: list[Run], until: float, key: str, name: str, clip: bool = False) -> str:
-    spans = set()
     for run, look in looks(runs).items():
-        (x, y), every = columns(logged(run, "loss", until), "step", key), run.config.log.every
-        window = max(SMOOTH, run.config.train.total_steps // 20 // every)  # as smooth if it is logged more often
+        x, y = columns(logged(run, "loss", until), "step", key)
+        window = max(SMOOTH, run.config.train.total_steps // 20 // run.config.log.every)
         ax.errorbar(x, smooth(y, window), **look, markevery=max(1, len(x) // 20))
-        spans.add(window * every)
         if clip:
             ax.plot(x, y, ".", markersize=2, alpha=0.35, color=look["color"])
             ax.axhline(run.config.train.grad_clip, color="#777777", linestyle=":")
     ax.set(yscale="log", ylabel=name)
     more = "; dots: single steps, before clipping (dotted line)" if clip else ""
-    return f"{name[0].upper() + name[1:]}: mean over {' and '.join(f'{n:,}' for n in sorted(spans))} steps{more}."
+    return f"{name[0].upper() + name[1:]}: mean over a twentieth of a run, {SMOOTH} records at least{more}."
 
 
 def trace(ax, runs: list[Run], until: float, name: str = "hutch_trace_unweighted", of: str = "unweighted") -> str:
@@ -159,8 +155,8 @@ def trace(ax, runs: list[Run], until: float, name: str = "hutch_trace_unweighted
         ax.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.18, linewidth=0)
     ax.axhline(0, linewidth=0).sticky_edges.y.append(0)
     ax.set_ylabel(f"Hessian trace of {of} loss")
-    return (f"Traces: {records[0]['num_probes']} probes of {records[0]['batch_size']} images, the same for all; mean "
-            f"over {SMOOTH} records; band: one standard error of one record.")
+    return (f"Traces: {records[0]['num_probes']} probes of {records[0]['batch_size']} images, the same for all steps and "
+            f"runs; mean over {SMOOTH} records; band: one standard error of one record.")
 
 
 def over_steps(panels: list, runs: list[Run], until=float("inf"), columns=1, size=(6.5, 3.8), **grid) -> Figure:
@@ -176,8 +172,7 @@ def profile(runs: list[Run], key: str, name: str, weighted: bool = False) -> Fig
     """A key of per_t.jsonl at the last step that all have; below, its ratio to the first experiment's, seed by seed."""
     own = {run: {(r["step"], r["n"], *r["t"]): r for r in logged(run, "per_t")} for run in runs}
     last = max(need(set.intersection(*map(set, own.values())), runs, "per_t.jsonl line of one step, n and t in all"))
-    (step, n, *t), base = last, {}
-    axes = Figure((6.5, 5.4)).subplots(2, sharex=True, height_ratios=[3, 2])
+    (step, n, *t), base, axes = last, {}, Figure((6.5, 5.4)).subplots(2, sharex=True, height_ratios=[3, 2])
     for run, look in looks(runs).items():
         y, of = np.array(own[run][last][key]), run.config.loss
         if weighted:
@@ -193,18 +188,16 @@ def profile(runs: list[Run], key: str, name: str, weighted: bool = False) -> Fig
 
 
 def curvature_vs_distance(runs: list[Run]) -> Figure:
-    ax, used, at = Figure((6.5, 4)).subplots(), [], "curvature/hutch_trace_unweighted"
-    keys = distance_axis(ax, runs[0])
+    ax, at = Figure((6.5, 4)).subplots(), "curvature/hutch_trace_unweighted"
+    traces = {run: {r["step"]: r for r in logged(run, "curvature")} for run in runs}
+    own = {run: [r | of[r["step"]] for r in run.results("milestone") if r["step"] in of] for run, of in traces.items()}
+    keys, text = distance_axis(ax, own, context=False)
     for run, look in looks(runs).items():
-        traces = {r["step"]: r for r in logged(run, "curvature")}
-        own = need([r | traces[r["step"]] for r in run.results("milestone") if r["step"] in traces], [run],
-                   "milestone with a distance and a curvature")
-        ax.errorbar(*columns(own, f"{at}_mean", *keys, f"{at}_stderr"), **look)
-        start = look | {"label": None, "markerfacecolor": "white", "zorder": 3}
-        ax.errorbar(*columns(own[:1], f"{at}_mean", keys[0]), **start)
-        used += own
+        x, y, *errors = columns(own[run], f"{at}_mean", *keys, f"{at}_stderr")
+        ax.errorbar(x, y, *errors, **look)
+        ax.plot(x[0], y[0], look["marker"], color=look["color"], markerfacecolor="white", zorder=3)
     ax.set_xlabel("Hessian trace of unweighted loss")
-    return finish(ax, runs, f"{setting(used)} Open markers: a run's first milestone.")
+    return finish(ax, runs, f"{text} Open markers: the first milestone at which both are measured.")
 
 
 def snr_geometry(runs: list[Run]) -> Figure:
@@ -217,7 +210,7 @@ def snr_geometry(runs: list[Run]) -> Figure:
         axes[1].errorbar(snr[-1], traces.mean(axis=0), **look)
     axes[0].set(xscale="log", yscale="log", xlabel="mean SNR of the batch", ylabel="gradient norm (L2)")
     axes[1].set(xlabel="mean SNR of the probe", ylabel="Hessian trace of the arm's own loss")
-    return finish(axes[0], runs, f"Left: steps of the second half of training. Right: probes, mean of {SMOOTH} records.")
+    return finish(axes[0], runs, f"Left: steps of training's second half. Right: probes, mean of {SMOOTH} records.")
 
 
 def frontier(runs: list[Run]) -> Figure:
@@ -229,8 +222,8 @@ def frontier(runs: list[Run]) -> Figure:
     step, n = max(need(set.intersection(*({(r["step"], r["n"]) for r in own[run]} for run in runs)), runs,
                        "frontier of one step, n and features in all; evaluate.py RUN_DIR --frontier 10,20,50 adds one"))
     own = {run: [r for r in own[run] if (r["step"], r["n"]) == (step, n)] for run in runs}
-    axes = Figure((6.5, 4 if len(exps) < 2 else 5.8)).subplots(min(2, len(exps)), sharex=True, squeeze=False)[:, 0]
-    keys, base = distance_axis(axes[0], runs[0], own[runs[0]][0]), {r.seed: r for r in runs if r.exp == runs[0].exp}
+    axes = Figure((6.5, 5.8)).subplots(min(2, len(exps)), sharex=True, squeeze=False)[:, 0]
+    (keys, _), base = distance_axis(axes[0], own), {run.seed: run for run in runs if run.exp == runs[0].exp}
     for run, look in looks(runs).items():
         panels = {axes[0]: own[run]}
         if run.exp != runs[0].exp and run.seed in base:
@@ -263,8 +256,8 @@ def grids(runs: list[Run]) -> Figure:
     for ax, (run, look) in zip(axes.flat, looks(shown).items(), strict=True):
         ax.imshow(Image.open(run.path / "grids" / last), interpolation="nearest")
         ax.set(title=f"{look['label']}, seed {run.seed}", xticks=[], yticks=[])
-    return finish(ax, shown, f"EMA weights at step {int(last.split('_')[1]):,}, {grid.sampler.upper()} NFE {grid.nfe}; in a row, "
-                             "the same cell starts from the same noise.")
+    return finish(ax, shown, f"EMA weights at step {int(last.split('_')[1]):,}, {grid.sampler.upper()} NFE "
+                             f"{grid.nfe}. In a row, the same cell starts from the same noise.")
 
 
 loss = partial(log, key="train/eps_mse_mean", name="unweighted train eps-MSE")
@@ -276,7 +269,7 @@ FORMULAS = {
 FIGURES = FORMULAS | {
     "distance_vs_steps": partial(over_steps, [distance]), "grad_norm": partial(over_steps, [gradient]),
     "distance_and_loss_vs_steps": partial(over_steps, [distance, loss], size=(6.5, 5.6), height_ratios=[3, 2]),
-    "curvature_vs_steps": partial(over_steps, [partial(trace, name="hutch_trace", of="the arm's weighted"), trace],
+    "curvature_vs_steps": partial(over_steps, [partial(trace, name="hutch_trace", of="own, weighted"), trace],
                                   columns=2, size=(7.5, 3.8), sharey=True),
     "step_curves": partial(over_steps, [loss, distance, gradient, trace], columns=2, size=(8.5, 6.2)),
     "per_t": partial(profile, key="eps_mse_ema", name="eps-MSE of EMA weights"),

@@ -148,7 +148,8 @@ def training(quick: bool) -> list[dict]:
 
 def sampling(quick: bool) -> list[dict]:
     """At the batch that is best for both, and once as many images as make a chunk of ours in one batch of the peer."""
-    from evaluate import CPU_BATCH, build, sample_images
+    from evaluate import CPU_BATCH, sample_images
+    from runs import build
     rows = []
     for base, n, nfe, rounds in ((8, 2, 2, 1),) if quick else (
             (32, CPU_BATCH, 50, 4), (64, CPU_BATCH, 50, 2), (32, 100, 10, 2), (64, 100, 10, 2)):

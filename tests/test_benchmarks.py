@@ -73,6 +73,7 @@ def test_goals_are_read_off_the_rows():
     assert found == [(0.5, True), (2.0, True), (1.25, False), (31.0, False)]
 
 
+@pytest.mark.long
 def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "matmul_rate", lambda: 1e11)
     assert run.main(["--quick", "--only", "training", "--only", "sampling", "--out", str(tmp_path)]) == 0

@@ -1,395 +1,190 @@
-"""Figures of the recorded runs in tests/runs (made by record_runs.py): what is drawn, not that a file appeared."""
+"""plots.py: what is drawn is what stands in the logs."""
 
+import dataclasses
 import json
-import re
-import shutil
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT
-from matplotlib.colors import to_hex, to_rgb
-from matplotlib.container import ErrorbarContainer
+from PIL import Image
 
 import plots
-from config import ConfigError, load_tables
-from diffusion import Diffusion, linear_betas
-from evaluate import RunError, find_runs, influence_path, paired_differences
-from weighting import loss_weights
+from config import load_config, load_tables
+from errors import UserError
+from runs import find_runs
+from weighting import min_snr
 
-RECORDED = ROOT / "tests" / "runs"
+FD, SHIFT = "val/fid", {"E5": 0.0, "E6": 10.0}
+
+
+def distance(kind, step, sampler, nfe, n, value):
+    line = {"step": step, "kind": kind, "sampler": sampler, "nfe": nfe, "n": n, "features": "inception",
+            "reference": "r"}
+    for name in (FD, "val/kid"):
+        line |= {name: value, f"{name}_stderr": value / 50, f"{name}_floor": 5.0, f"{name}_floor_test": None,
+                 f"{name}_ceiling": 400.0}
+    return line
 
 
 @pytest.fixture
-def one_seed(tmp_path):
-    """The recorded runs of seed 1077, as files that a test may change."""
-    for exp in ("E5", "E6"):
-        shutil.copytree(RECORDED / exp / "seed1077", tmp_path / exp / "seed1077")
+def root(tmp_path):
+    """E5 and E6, seeds 1 and 2, of 40 steps: E6 is 10 above E5 in everything, seed 2 is 1 above seed 1."""
+    for exp, shift in SHIFT.items():
+        for seed in (1, 2):
+            config = load_config(exp, overrides=[f"seed={seed}", "train.total_steps=40", "log.every=1"])
+            run_dir, up = tmp_path / exp / f"seed{seed}", shift + seed - 1
+            (run_dir / "influence").mkdir(parents=True)
+            (run_dir / "grids").mkdir()
+            (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+            frontier = [distance("frontier", 40, sampler, nfe, 10, 100 + up + nfe) for sampler in ("ddim", "ddpm")
+                        for nfe in (10, 20)]
+            steps = range(1, 41)
+            logs = {
+                "loss": [{"step": s, "train/eps_mse_mean": s + up, "train/grad_global_L2": 2 * s + up, "snr/mean": s}
+                         for s in steps],
+                "results": [*(distance("milestone", s, "ddpm", 50, 10, 200 + up - s) for s in (20, 40)),
+                            distance("final", 40, "ddpm", 50, 30, 120 + up), distance("final", 40, "ddim", 50, 30, 130),
+                            *frontier],
+                "per_t": [{"step": s, "n": 4, "t": [0, 50, 500], "eps_mse_raw": [2 + up] * 3, "eps_mse_ema": [4 + up] * 3}
+                          for s in (20, 40)],
+                "curvature": [{"step": s, "num_probes": 2, "batch_size": 4, "curvature/snr_mean_samples": [1.0, 2.0],
+                               "curvature/hutch_trace_samples": [s + up, s - up]} | {
+                    f"curvature/{name}_{key}": value for name, value in (("hutch_trace", s + up),
+                                                                         ("hutch_trace_unweighted", 2 * s + up))
+                    for key in ("mean", "stderr")} for s in (20, 40)]}
+            for name, lines in logs.items():
+                (run_dir / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+            for r in frontier:
+                path = run_dir / "influence" / f"step_000040_{r['sampler']}{r['nfe']}_inception_n10.npz"
+                np.savez(path, **dict.fromkeys((FD, "val/kid"), np.arange(10.0) * (1 + shift)))
+            Image.fromarray(np.full((4, 4, 3), int(up), np.uint8)).save(run_dir / "grids" / "step_000040_ddim20.png")
     return tmp_path
 
 
-def records(root, exp, name, seed=1077):
-    return [json.loads(line) for line in (root / exp / f"seed{seed}" / f"{name}.jsonl").read_text().splitlines()]
+def curves(ax):
+    """[(label of the arm, x, y, error bars or None)] of a panel's errorbar() calls."""
+    found = []
+    for box in ax.containers:
+        line, _, bars = box.lines
+        segments = bars[0].get_segments() if bars else []
+        errors = [float(s[1][1] - s[0][1]) / 2 for s in segments] or None
+        found.append((str(box.get_label()).split(":")[0], *(np.asarray(d, float).tolist() for d in line.get_data()),
+                      errors))
+    return found
 
 
-def lines_of(ax, color):
-    return [line for line in ax.get_lines() if to_hex(line.get_color()) == color]
+def draw(root, kind, *exps, **options):
+    return plots.draw(kind, list(exps or SHIFT), root, **options)
 
 
-def bars_of(ax):
-    return [c for c in ax.containers if isinstance(c, ErrorbarContainer)]
+def test_distances_with_errors_and_context(root):
+    (ax,) = draw(root, "distance_vs_steps").axes
+    milestones = [c for c in curves(ax) if len(c[1]) == 2]
+    assert [c[1] for c in milestones] == [[20, 40]] * 4
+    assert [c[2] for c in milestones] == [[180 + u, 160 + u] for u in (0, 1, 10, 11)]
+    assert milestones[0][3] == pytest.approx([3.6, 3.2])
+    finals = sorted(c[2][0] for c in curves(ax) if len(c[1]) == 1)
+    assert finals == [120, 121, 130, 130, 130, 130, 130, 131]
+    assert {5.0, 400.0} <= {line.get_ydata()[0] for line in ax.lines} and ax.get_ylabel() == "FID"
+    text = ax.figure._supxlabel.get_text()
+    assert "n = 10" in text and "n = 30" in text and "DDPM NFE 50" in text and "1, 2" in text
 
 
-def legend_texts(fig):
-    return [text.get_text() for text in fig.legends[0].get_texts()]
+def test_until_cuts_and_the_loss_is_smoothed(root):
+    top, bottom = draw(root, "distance_and_loss_vs_steps", until=20).axes
+    assert all(c[1] == [20] for c in curves(top))
+    (_, x, y, _), *_ = curves(bottom)
+    assert x == list(range(1, 21)) and y[10] == pytest.approx(11) and y[0] == pytest.approx(2)  # mean of 1, 2, 3
 
 
-def caption(fig):
-    return " ".join(fig._supxlabel.get_text().split())
+def test_gradient_norm_has_dots_and_the_clip(root):
+    (ax,) = draw(root, "grad_norm").axes
+    dots = [line for line in ax.lines if line.get_marker() == "."]
+    assert dots[0].get_ydata().tolist() == [2 * s for s in range(1, 41)] and len(dots) == 4
+    assert any(line.get_ydata()[0] == 1.0 for line in ax.lines)
 
 
-E5, E6 = "#000000", "#d55e00"
+def test_per_t_shows_ema_weights_and_ratios_within_a_seed(root):
+    top, bottom = draw(root, "per_t").axes
+    assert [c[2] for c in curves(top)] == [[4] * 3, [5] * 3, [14] * 3, [15] * 3]
+    assert [c[2] for c in curves(bottom)] == [[1] * 3, [1] * 3, pytest.approx([14 / 4] * 3), pytest.approx([3] * 3)]
 
 
-# ---- from formulas ----
-
-def test_weights_raw_and_normalised():
-    fig = plots.draw("weights_raw_and_normalised", [], RECORDED)
-    one, raw, normalised = (line.get_ydata() for line in fig.axes[0].get_lines())
-    assert (one == 1).all() and raw.max() == 1 and raw[0] == pytest.approx(5.001e-4, rel=1e-3)
-    assert normalised.mean() == pytest.approx(1, abs=1e-12) and normalised.max() == pytest.approx(1.0952, abs=1e-4)
-    assert "E_t[w] = 0.913073" in caption(fig) and "1.0952" in caption(fig)
-    assert legend_texts(fig) == ["constant, mean 1", "minsnr, mean 0.9131", "minsnr_norm, mean 1"]
+def test_effective_loss_is_weight_times_error_of_raw_weights(root):
+    top, _ = draw(root, "effective_loss").axes
+    w = min_snr(plots.Diffusion(plots.BETAS["linear"]()).snr, 5.0)[[0, 50, 500]].numpy()
+    assert curves(top)[0][2] == [2] * 3 and curves(top)[2][2] == pytest.approx(12 * w)
 
 
-def test_weight_curves_mark_where_each_reaches_one():
-    fig = plots.draw("weight_curves", [], RECORDED)
-    marks = [line.get_xdata()[0] for line in fig.axes[0].get_lines() if line.get_linestyle() == "None"]
-    assert marks == [259, 165, 130] and "259, 165, 130" in caption(fig)
+def test_both_traces(root):
+    own, unweighted = draw(root, "curvature_vs_steps").axes
+    assert curves(own)[0][2] == [30, 30] and curves(unweighted)[2][2] == [70, 70]  # running means of 20, 40; 50, 90
+    assert len(own.collections) >= 4  # bands
 
 
-def test_snr():
-    fig = plots.draw("snr_vs_t", [], RECORDED)
-    linear, cosine, *levels = (line.get_ydata() for line in fig.axes[0].get_lines())
-    assert linear[0] == pytest.approx(9999) and linear[999] == pytest.approx(4.036e-5, rel=1e-3)
-    assert (cosine[1:900] > linear[1:900]).all() and [level[0] for level in levels] == [1, 3, 5]
-    assert fig.axes[0].get_yscale() == "log"
+def test_trace_against_distance(root):
+    (ax,) = draw(root, "curvature_vs_distance").axes
+    assert (curves(ax)[0][1], curves(ax)[0][2]) == ([40, 80], [180, 160])
 
 
-# ---- from runs ----
-
-def test_distance_vs_steps(one_seed):
-    fig = plots.draw("distance_vs_steps", ["E5", "E6"], one_seed)
-    (ax,) = fig.axes
-    milestones = [r for r in records(one_seed, "E6", "results") if r["kind"] == "milestone"]
-    final = next(r for r in records(one_seed, "E6", "results") if r["kind"] == "final")
-    drawn, star = (line for line in lines_of(ax, E6) if line.get_marker() in ("s", "*"))
-    assert drawn.get_xdata().tolist() == [20, 40, 60]
-    assert drawn.get_ydata().tolist() == [r["val/fd_lite0"] for r in milestones]
-    assert star.get_marker() == "*" and star.get_ydata().tolist() == [final["val/fd_lite0"]]
-    bars = [bar[2][0].get_segments() for bar in bars_of(ax)]
-    assert len(bars) == 2 and len(bars[1]) == 3
-    half = (bars[1][0][1][1] - bars[1][0][0][1]) / 2
-    assert half == pytest.approx(milestones[0]["val/fd_lite0_stderr"])
-    floor, ceiling = (line.get_ydata()[0] for line in ax.get_lines() if to_hex(line.get_color()) == "#777777")
-    assert (floor, ceiling) == (milestones[0]["floor"], milestones[0]["ceiling"])
-    assert [t.get_text() for t in ax.texts] == ["floor: training images", "ceiling: uniform noise"]
-    assert ax.get_ylabel() == "Fréchet distance (lite0)" and ax.get_xlabel() == "training step"
-    assert legend_texts(fig) == ["E5: constant", "E6: minsnr, $\\gamma$ = 5"]
-    for text in ("DDPM NFE 2, n = 20, lite0 features", "n = 30", "not to be compared with them", "Seed 1077."):
-        assert text in caption(fig)
+def test_step_curves_and_snr_geometry(root):
+    assert len(draw(root, "step_curves").axes) == 4
+    left, right = draw(root, "snr_geometry").axes
+    assert curves(left)[0][1] == list(range(21, 41)) and curves(left)[0][2] == [2 * s for s in range(21, 41)]
+    assert curves(right)[1][2] == [31, 29]
 
 
-def test_fid_is_named_fid_on_inception_features_only(one_seed):
-    for exp in ("E5", "E6"):
-        for name in ("config.json", "results.jsonl"):
-            path = one_seed / exp / "seed1077" / name
-            path.write_text(path.read_text().replace("fd_lite0", "fid").replace("lite0", "inception"))
-    fig = plots.draw("distance_vs_steps", ["E5", "E6"], one_seed)
-    assert fig.axes[0].get_ylabel() == "FID" and "inception features" in caption(fig)
-    shutil.rmtree(one_seed / "E6")
-    shutil.copytree(RECORDED / "E6" / "seed1077", one_seed / "E6" / "seed1077")
-    with pytest.raises(RunError, match="features are inception, lite0"):
-        plots.draw("distance_vs_steps", ["E5", "E6"], one_seed)
+def test_the_frontier_and_its_paired_differences(root):
+    top, bottom = draw(root, "frontier").axes
+    assert [c[2] for c in curves(top)[:2]] == [[110, 120], [110, 120]]
+    (_, x, y, errors), *_ = curves(bottom)
+    assert x == [10, 20] and y == pytest.approx([100 * 10 / 110, 100 * 10 / 120])  # relative to the baseline
+    paired = np.std(np.arange(10) * 10.0, ddof=1) / 10**0.5
+    assert errors == pytest.approx([100 * paired / 110, 100 * paired / 120], rel=1e-6)
+    (root / "E6" / "seed1" / "results.jsonl").write_text("")
+    (root / "E6" / "seed2" / "results.jsonl").write_text("")
+    with pytest.raises(UserError, match="frontier"):
+        draw(root, "frontier")
 
 
-def test_distance_and_loss(one_seed):
-    fig = plots.draw("distance_and_loss_vs_steps", ["E5", "E6"], one_seed, until=40)
-    distance, loss = fig.axes
-    assert lines_of(distance, E5)[0].get_xdata().tolist() == [20, 40]
-    assert not [line for line in distance.get_lines() if line.get_marker() == "*"]  # the final is past `until`
-    logged = [r for r in records(one_seed, "E5", "loss") if r["step"] <= 40]
-    (drawn,) = lines_of(loss, E5)
-    assert drawn.get_xdata().tolist() == [r["step"] for r in logged] and drawn.get_xdata()[-1] == 40
-    values = [r["train/eps_mse_mean"] for r in logged]
-    assert drawn.get_ydata()[5] == pytest.approx(np.mean(values[3:8]))
-    assert drawn.get_ydata()[0] == pytest.approx(np.mean(values[:3]))
-    assert loss.get_ylabel() == "train eps-MSE" and "running mean over 10 steps" in caption(fig)
+def test_grids_are_rows_of_seeds(root):
+    axes = draw(root, "grids").axes
+    assert [int(ax.images[0].get_array().max()) for ax in axes] == [0, 10, 1, 11]
+    assert ["E5" in ax.get_title() and "seed 1" in ax.get_title() for ax in axes] == [True, False, False, False]
 
 
-def test_grad_norm(one_seed):
-    (ax,) = plots.draw("grad_norm", ["E5", "E6"], one_seed).axes
-    dots, smoothed = lines_of(ax, E6)
-    norms = [r["train/grad_global_L2"] for r in records(one_seed, "E6", "loss")]
-    assert dots.get_ydata().tolist() == norms and smoothed.get_ydata()[10] == pytest.approx(np.mean(norms[8:13]))
-    assert lines_of(ax, "#777777")[0].get_ydata()[0] == 1.0 and ax.texts[0].get_text() == "clip"
+def test_figures_of_formulas(root):
+    (ax,) = plots.draw("weight_curves", [], root).axes
+    assert [line.get_ydata()[0] for line in ax.lines] == pytest.approx([1e-4, 3e-4, 5e-4], rel=1e-3)
+    assert [line.get_markevery() for line in ax.lines] == [[259], [165], [130]]
+    (ax,) = plots.draw("weights_raw_and_normalised", [], root).axes
+    assert [float(line.get_ydata()[-1]) for line in ax.lines] == pytest.approx([1, 1, 1.0952], rel=1e-4)
+    assert plots.draw("snr_vs_t", [], root).axes[0].lines[0].get_ydata()[0] == pytest.approx(9999)
 
 
-def test_runs_that_log_often_are_not_drawn_less_smooth(one_seed):
-    (run,) = plots.find_runs(one_seed, "E5")
-    assert plots.lines_smoothed(run) == plots.SMOOTH and plots.smoothed_steps([run]) == "10"
-    for steps, every, window in ((10_000, 100, 5), (5_000, 10, 25), (50_000, 100, 25)):
-        path = one_seed / "E5" / "seed1077" / "config.json"
-        config = json.loads(path.read_text())
-        config["train"]["total_steps"], config["log"]["every"] = steps, every
-        path.write_text(json.dumps(config))
-        (run,) = plots.find_runs(one_seed, "E5")
-        assert plots.lines_smoothed(run) == window
+def test_an_arm_has_one_look_and_arms_differ(root):
+    looks = plots.looks([run for exp in SHIFT for run in find_runs(root, exp)])
+    by_exp = {run.exp: {(look["color"], look["marker"]) for run2, look in looks.items() if run2.exp == run.exp}
+              for run in looks}
+    assert all(len(found) == 1 for found in by_exp.values()) and by_exp["E5"] != by_exp["E6"]
+    assert len({look[0] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
 
 
-def test_per_t_and_effective_loss(one_seed):
-    last = {exp: records(one_seed, exp, "per_t")[-1] for exp in ("E5", "E6")}
-    fig = plots.draw("per_t", ["E5", "E6"], one_seed)
-    profile, ratio = (lines_of(ax, E6)[0].get_ydata() for ax in fig.axes)
-    assert profile.tolist() == last["E6"]["eps_mse_ema"] and "step 60 on 2 fixed" in caption(fig)
-    np.testing.assert_allclose(ratio, np.divide(last["E6"]["eps_mse_ema"], last["E5"]["eps_mse_ema"]))
-    (ax,) = plots.draw("effective_loss", ["E5", "E6"], one_seed).axes
-    w = loss_weights(Diffusion(linear_betas()).snr, "minsnr", 5.0)[last["E6"]["t"]]
-    np.testing.assert_allclose(lines_of(ax, E6)[0].get_ydata(), w * torch.tensor(last["E6"]["eps_mse_raw"]))
-    assert lines_of(ax, E5)[0].get_ydata().tolist() == last["E5"]["eps_mse_raw"]
-
-
-def test_curvature_vs_steps(one_seed):
-    fig = plots.draw("curvature_vs_steps", ["E5", "E6"], one_seed)
-    logged = records(one_seed, "E6", "curvature")
-    for ax, key, title in zip(fig.axes, ("hutch_trace", "hutch_trace_unweighted"),
-                              ("of the arm's own loss", "of the unweighted loss"), strict=True):
-        mean = [r[f"curvature/{key}_mean"] for r in logged]
-        error = [r[f"curvature/{key}_stderr"] for r in logged]
-        (drawn,) = lines_of(ax, E6)
-        assert drawn.get_ydata()[7] == pytest.approx(np.mean(mean[5:10])) and ax.get_title() == title
-        band = ax.collections[1].get_paths()[0].vertices
-        at = band[np.isclose(band[:, 0], logged[7]["step"])][:, 1]
-        assert at.max() - at.min() == pytest.approx(2 * np.mean(error[5:10])) and ax.get_ylim()[0] == 0
-        assert ax.get_ylim()[1] > band[:, 1].max()
-    assert "4 probes of 4 images" in caption(fig)
-
-
-def test_curvature_vs_distance(one_seed):
-    fig = plots.draw("curvature_vs_distance", ["E5", "E6"], one_seed)
-    traces = {r["step"]: r["curvature/hutch_trace_unweighted_mean"] for r in records(one_seed, "E5", "curvature")}
-    drawn = lines_of(fig.axes[0], E5)[0]
-    assert drawn.get_xdata().tolist() == [traces[20], traces[40], traces[60]]
-    assert [t.get_text() for t in fig.axes[0].texts] == ["20", "60"] * 2 and len(bars_of(fig.axes[0])) == 2
-    assert all(bar.has_xerr and bar.has_yerr for bar in bars_of(fig.axes[0]))
-
-
-def test_step_curves(one_seed):
-    fig = plots.draw("step_curves", ["E5", "E6"], one_seed)
-    assert [ax.get_ylabel() for ax in fig.axes] == [
-        "train eps-MSE", "Fréchet distance (lite0)", "gradient norm (global L2)", "Hessian trace (unweighted loss)"]
-    assert all(lines_of(ax, E5) and lines_of(ax, E6) for ax in fig.axes)
-
-
-def test_snr_geometry(one_seed):
-    fig = plots.draw("snr_geometry", ["E5", "E6"], one_seed)
-    logged, curvature = records(one_seed, "E6", "loss"), records(one_seed, "E6", "curvature")
-    left, right = (lines_of(ax, E6)[0] for ax in fig.axes)
-    assert left.get_xdata().tolist() == [r["snr/mean"] for r in logged[15:]] and left.get_linestyle() == "None"
-    assert right.get_xdata().tolist() == curvature[-1]["curvature/snr_mean_samples"]
-    np.testing.assert_allclose(right.get_ydata(),
-                               np.mean([r["curvature/hutch_trace_samples"] for r in curvature[-5:]], axis=0))
-
-
-def test_grids(one_seed):
-    fig = plots.draw("grids", ["E5", "E6"], one_seed)
-    assert [ax.get_title() for ax in fig.axes] == ["E5: constant", "E6: minsnr, $\\gamma$ = 5"]
-    assert all(ax.images for ax in fig.axes) and "step 60, DDIM NFE 2" in caption(fig)
-    titles = [ax.get_title() for ax in plots.draw("grids", ["E5"], RECORDED).axes]
-    assert titles == ["E5: constant, seed 1077", "E5: constant, seed 1078"]
-    shutil.copytree(RECORDED / "E6" / "seed1078", one_seed / "E6" / "seed1078")  # of one arm alone: not shown
-    assert len(plots.draw("grids", ["E5", "E6"], one_seed).axes) == 2
-    shutil.rmtree(one_seed / "E6" / "seed1077")
-    with pytest.raises(RunError, match="no seed that all of E5, E6 have"):
-        plots.draw("grids", ["E5", "E6"], one_seed)
-    rows = plots.draw("grids", ["E5", "E6"], RECORDED)
-    assert [ax.get_title()[-4:] for ax in rows.axes] == ["1077", "1077", "1078", "1078"]
-    assert "in the same cell of each of a row." in caption(rows)
-
-
-def test_frontier(one_seed):
-    fig = plots.draw("frontier", ["E5", "E6"], one_seed)
-    points = [r for r in records(one_seed, "E5", "results") if r["kind"] == "frontier"]
-    by_dash = {line.get_linestyle(): line for line in lines_of(fig.axes[0], E5) if len(line.get_xdata()) == 2
-               and line.get_marker() == "o"}
-    for dash, sampler in (("-", "ddim"), ("--", "ddpm")):
-        assert by_dash[dash].get_xdata().tolist() == [2, 5]
-        assert by_dash[dash].get_ydata().tolist() == [r["val/fd_lite0"] for r in points if r["sampler"] == sampler]
-    assert len(bars_of(fig.axes[0])) == 4 and fig.axes[0].get_xscale() == "log"
-    assert legend_texts(fig)[2:] == ["DDIM", "DDPM"]
-    paired = [d for d in paired_differences(*(one_seed / exp / "seed1077" for exp in ("E5", "E6")))
-              if d["kind"] == "frontier"]
-    assert len(paired) == len(points) and lines_of(fig.axes[1], E5)[0].get_ydata() == [0, 0]
-    for dash, sampler in (("-", "ddim"), ("--", "ddpm")):
-        ours, = (x for x in lines_of(fig.axes[1], E6) if x.get_marker() == "s" and x.get_linestyle() == dash)
-        assert ours.get_ydata() == pytest.approx([100 * d["val/fd_lite0"] / r["val/fd_lite0"] for d, r in
-                                                  zip(paired, points, strict=True) if r["sampler"] == sampler])
-    low, high = bars_of(fig.axes[1])[0].lines[2][0].get_segments()[0][:, 1]
-    assert high - low == pytest.approx(200 * paired[0]["val/fd_lite0_stderr"] / points[0]["val/fd_lite0"])
-
-
-def test_a_frontier_of_one_arm_and_seeds_without_one(one_seed):
-    assert len(plots.draw("frontier", ["E5"], one_seed).axes) == 1
-    assert "One line per seed: 1077, 1078." in caption(plots.draw("frontier", ["E5", "E6"], RECORDED))
-    for exp in ("E5", "E6"):
-        shutil.copytree(RECORDED / exp / "seed1078", one_seed / exp / "seed1078")
-        path = one_seed / exp / "seed1078" / "results.jsonl"
-        path.write_text("".join(text for text in path.open() if "frontier" not in text))
-    assert "Seed 1077." in caption(plots.draw("frontier", ["E5", "E6"], one_seed))
-    path.write_text((RECORDED / "E6" / "seed1078" / "results.jsonl").read_text())  # of E6 alone
-    with pytest.raises(RunError, match="nothing of E5 with seed 1078 to compare it with"):
-        plots.draw("frontier", ["E5", "E6"], one_seed)
-
-
-def test_frontiers_at_other_steps_are_not_paired(one_seed):
-    path = one_seed / "E5" / "seed1077" / "results.jsonl"
-    path.write_text("".join(json.dumps(r | {"step": 59} if r["kind"] == "frontier" else r) + "\n"
-                            for r in records(one_seed, "E5", "results")))
-    fig = plots.draw("frontier", ["E5", "E6"], one_seed)
-    assert len(fig.axes) == 1 and "at step 59 and 60" in caption(fig) and "Below" not in caption(fig)
-
-
-def test_several_seeds_are_several_lines_of_one_look_and_one_entry():
-    fig = plots.draw("distance_vs_steps", ["E5", "E6"], RECORDED)
-    assert len([line for line in lines_of(fig.axes[0], E5) if line.get_marker() == "o"]) == 2
-    assert len(legend_texts(fig)) == 2 and "One line per seed: 1077, 1078." in caption(fig)
-
-
-def test_an_arm_looks_the_same_in_every_figure_and_arms_differ_in_grey():
-    def grey(color):
-        return np.dot(to_rgb(color), (0.2126, 0.7152, 0.0722))
-
-    for arms in ([("constant", None), ("minsnr", 5.0)], [("minsnr", g) for g in (1.0, 3.0, 5.0)],
-                 [("constant", None), ("minsnr", 5.0), ("minsnr_norm", 5.0)]):
-        assert len({plots.LOOKS[a][1] for a in arms}) == len({plots.LOOKS[a][2] for a in arms}) == len(arms)
-    assert abs(grey(E5) - grey(E6)) > 0.2
-    runs = find_runs(RECORDED, "E6")[:1] + find_runs(RECORDED, "E5")[:1]
-    assert plots.looks(runs)["E6"]["color"] == plots.looks(runs[:1])["E6"]["color"] == E6
-    runs[1].exp, runs[1].config = "E3", runs[0].config  # a second arm of one weighting
-    assert plots.looks(runs)["E3"]["color"] not in (E5, E6)
-
-
-# ---- runs that are not what a figure needs ----
-
-@pytest.mark.parametrize("name, kind", [("results", "distance_vs_steps"), ("loss", "grad_norm"), ("per_t", "per_t"),
-                                        ("curvature", "curvature_vs_steps")])
-@pytest.mark.parametrize("state", ["missing", "empty", "half a line"])
-def test_a_log_without_a_line_is_named(one_seed, name, kind, state):
-    log = one_seed / "E6" / "seed1077" / f"{name}.jsonl"
-    content = log.read_text()
-    log.unlink()
-    if state != "missing":
-        log.write_text(content[:20] if state == "half a line" else "")
-    with pytest.raises(RunError, match=rf"E6/seed1077: no line in {name}\.jsonl yet"):
-        plots.draw(kind, ["E5", "E6"], one_seed)
-
-
-def test_what_else_may_be_missing(one_seed):
-    with pytest.raises(RunError, match="no run of E8a"):
-        plots.draw("per_t", ["E5", "E8a"], one_seed)
-    shutil.rmtree(one_seed / "E6" / "seed1077" / "grids")
-    with pytest.raises(RunError, match="no grid of one step in all of them"):
-        plots.draw("grids", ["E5", "E6"], one_seed)
-    results = one_seed / "E6" / "seed1077" / "results.jsonl"
-    results.write_text("".join(line + "\n" for line in results.read_text().splitlines() if "frontier" not in line))
-    with pytest.raises(RunError, match="no frontier; measure it by evaluate.py"):
-        plots.draw("frontier", ["E5", "E6"], one_seed)
-    per_t = one_seed / "E6" / "seed1077" / "per_t.jsonl"
-    per_t.write_text(per_t.read_text().replace("eps_mse_ema", "mse"))
-    with pytest.raises(RunError, match="lacks 'eps_mse_ema': of another version"):
-        plots.draw("per_t", ["E5", "E6"], one_seed)
-    (one_seed / "E6" / "seed1077" / "config.json").write_text("{")
-    with pytest.raises(RunError, match="config.json: not readable as JSON"):
-        plots.draw("per_t", ["E5", "E6"], one_seed)
-
-
-# ---- the command ----
-
-def test_all_draws_what_it_can_and_lists_the_rest(one_seed, capsys):
-    assert plots.main(["--all", "--runs", str(one_seed)]) == 0
-    drawn = {p.stem for p in (one_seed / "figures").iterdir()}
-    assert drawn == {"weights", "weight_curves", "snr", "fid_vs_steps_e5e6", "curvature_vs_steps", "curvature_vs_fid",
-                     "grids_e5e6", "frontier_e5e6"}
-    assert {p.suffix for p in (one_seed / "figures").iterdir()} == {".png", ".svg"}
+def test_the_command(root, tmp_path, capsys):
+    assert plots.main(["--all", "--runs", str(root), "--out", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
-    names = load_tables("figures")
-    for name in names.keys() - drawn:
-        assert f"{name}: left out: no run of" in out
+    assert "fid_vs_steps_e5e6.png" in out and "E1" in out  # drawn; and left out, with what is missing
+    for name in ("curvature_vs_steps.png", "curvature_vs_steps.svg"):
+        first = (tmp_path / "a" / name).read_bytes()
+        plots.main(["curvature_vs_steps", "--runs", str(root), "--out", str(tmp_path / "b")])
+        assert (tmp_path / "b" / name).read_bytes() == first  # the same file each time
+    with pytest.raises(UserError, match="E1"):
+        plots.main(["fid_vs_steps", "--runs", str(root)])
+    assert all(table["kind"] in plots.FIGURES for table in load_tables("figures").values())
 
 
-def test_one_figure_is_the_same_file_each_time(one_seed, tmp_path):
-    for folder in ("a", "b"):
-        assert plots.main(["fid_vs_steps_e5e6", "--runs", str(one_seed), "--out", str(tmp_path / folder)]) == 0
-    for suffix in ("png", "svg"):
-        a, b = ((tmp_path / folder / f"fid_vs_steps_e5e6.{suffix}").read_bytes() for folder in ("a", "b"))
-        assert a == b and len(a) > 5000
-
-
-def test_a_figure_that_was_asked_for_and_cannot_be_drawn_is_an_error(one_seed):
-    with pytest.raises(RunError, match="steps_e8: left out: no run of E8a, E8b, E8c"):
-        plots.main(["steps_e8", "--runs", str(one_seed)])
-    with pytest.raises(RunError, match="unknown experiment 'E55'"):
-        plots.main(["--kind", "per_t", "--exps", "E55", "--runs", str(one_seed)])
-
-
-def test_a_damaged_run_does_not_keep_all_from_the_other_figures(one_seed, capsys):
-    with open(one_seed / "E6" / "seed1077" / "curvature.jsonl", "a") as file:
-        file.write("garbage\n")
-    (one_seed / "E5" / "seed1077" / "grids" / "step_000060_ddim2.png").write_bytes(b"no picture")
-    assert plots.main(["--all", "--runs", str(one_seed)]) == 0
-    out = capsys.readouterr().out
-    assert (one_seed / "figures" / "fid_vs_steps_e5e6.png").exists()
-    assert re.search(r"curvature_vs_steps: left out: .*curvature\.jsonl: line 16 is not a JSON object", out)
-    assert re.search(r"grids_e5e6: left out: cannot identify image file .*step_000060_ddim2", out)
-
-
-def test_the_frontier_is_drawn_at_the_largest_n_that_all_have(one_seed):
-    for exp in ("E5", "E6"):
-        path = one_seed / exp / "seed1077" / "results.jsonl"
-        points = [r for r in records(one_seed, exp, "results") if r["kind"] == "frontier"]
-        for n in (40, 80)[:1 + (exp == "E5")]:  # n = 80 in one of them only
-            path.write_text(path.read_text() + "".join(json.dumps(r | {"n": n}) + "\n" for r in points))
-            for r in points:
-                few = np.load(influence_path(path.parent, r))
-                np.savez(influence_path(path.parent, r | {"n": n}), **{key: np.resize(few[key], n) for key in few})
-    fig = plots.draw("frontier", ["E5", "E6"], one_seed)
-    assert "n = 40," in caption(fig) and [len(bars_of(ax)) for ax in fig.axes] == [4, 2]
-
-
-def test_profiles_are_compared_seed_by_seed(tmp_path):
-    fig = plots.draw("per_t", ["E5", "E6"], RECORDED)
-    ratios = [line.get_ydata() for line in lines_of(fig.axes[1], E5)]
-    assert len(ratios) == 2 and all((ratio == 1).all() for ratio in ratios)
-    shutil.copytree(RECORDED, tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs" / "E5" / "seed1078")
-    with pytest.raises(RunError, match="nothing of E5 with seed 1078 to compare it with"):
-        plots.draw("per_t", ["E5", "E6"], tmp_path / "runs")
-    path = tmp_path / "runs" / "E6" / "seed1077" / "per_t.jsonl"
-    path.write_text(path.read_text().replace('"n": 2', '"n": 3'))
-    shutil.rmtree(tmp_path / "runs" / "E6" / "seed1078")
-    with pytest.raises(RunError, match="other timesteps or numbers of images"):
-        plots.draw("per_t", ["E5", "E6"], tmp_path / "runs")
-
-
-def test_every_figure_names_a_kind_and_known_runs(tmp_path):
-    tables = load_tables("figures")
-    for table in tables.values():
-        assert table["kind"] in (plots.FROM_RUNS if "runs" in table else plots.FORMULAS)
-    for text, message in [('[figures.x]\nkinds = "a"', "unknown key; did you mean kind?"),
-                          ("[figures.x]\nkind = 5", "5 is not of type str"),
-                          ('[figures.x]\nkind = "per_t"\nruns = ["E5", "E66"]\n[experiments.E5]',
-                           "unknown experiment 'E66'")]:
-        (tmp_path / "t.toml").write_text(text)
-        with pytest.raises(ConfigError, match="t.toml: \\[figures.x\\]") as error:
-            load_tables("figures", tmp_path / "t.toml")
-        assert message in str(error.value)
+@pytest.mark.parametrize("log, kind", [("loss", "grad_norm"), ("per_t", "per_t"), ("curvature", "curvature_vs_steps"),
+                                       ("results", "distance_vs_steps")])
+def test_a_missing_log_is_named(root, log, kind):
+    (root / "E6" / "seed2" / f"{log}.jsonl").unlink()
+    with pytest.raises(UserError, match=f"E6/seed2.*{log}"):
+        draw(root, kind)
