@@ -10,7 +10,7 @@ from PIL import Image
 import plots
 from config import load_config, load_tables
 from errors import UserError
-from runs import find_runs
+from runs import find_runs, influence_path
 from weighting import min_snr
 
 FD, SHIFT = "val/fid", {"E5": 0.0, "E6": 10.0}
@@ -44,8 +44,8 @@ def root(tmp_path):
                 "results": [*(distance("milestone", s, "ddpm", 50, 10, 200 + up - s) for s in (20, 40)),
                             distance("final", 40, "ddpm", 50, 30, 120 + up), distance("final", 40, "ddim", 50, 30, 130),
                             *frontier],
-                "per_t": [{"step": s, "n": 4, "t": [0, 50, 500], "eps_mse_raw": [2 + up] * 3, "eps_mse_ema": [4 + up] * 3}
-                          for s in (20, 40)],
+                "per_t": [{"step": s, "n": 4, "t": [0, 50, 500], "eps_mse_raw": [2 + up] * 3,
+                           "eps_mse_ema": [4 + up] * 3} for s in (20, 40)],
                 "curvature": [{"step": s, "num_probes": 2, "batch_size": 4, "curvature/snr_mean_samples": [1.0, 2.0],
                                "curvature/hutch_trace_samples": [s + up, s - up]} | {
                     f"curvature/{name}_{key}": value for name, value in (("hutch_trace", s + up),
@@ -53,9 +53,8 @@ def root(tmp_path):
                     for key in ("mean", "stderr")} for s in (20, 40)]}
             for name, lines in logs.items():
                 (run_dir / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-            for r in frontier:
-                path = run_dir / "influence" / f"step_000040_{r['sampler']}{r['nfe']}_inception_n10.npz"
-                np.savez(path, **dict.fromkeys((FD, "val/kid"), np.arange(10.0) * (1 + shift)))
+            for r in logs["results"]:
+                np.savez(influence_path(run_dir, r), **dict.fromkeys((FD, "val/kid"), np.arange(r["n"]) * (1 + shift)))
             Image.fromarray(np.full((4, 4, 3), int(up), np.uint8)).save(run_dir / "grids" / "step_000040_ddim20.png")
     return tmp_path
 
