@@ -155,8 +155,8 @@ def trace(ax, runs: list[Run], until: float, name: str = "hutch_trace_unweighted
         ax.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.18, linewidth=0)
     ax.axhline(0, linewidth=0).sticky_edges.y.append(0)
     ax.set_ylabel(f"Hessian trace of {of} loss")
-    return (f"Traces: {records[0]['num_probes']} probes of {records[0]['batch_size']} images, the same for all steps and "
-            f"runs; mean over {SMOOTH} records; band: one standard error of one record.")
+    return (f"Traces: {records[0]['num_probes']} probes of {records[0]['batch_size']} images, the same at all steps "
+            f"and in all runs; mean over {SMOOTH} records; band: one standard error of one record.")
 
 
 def over_steps(panels: list, runs: list[Run], until=float("inf"), columns=1, size=(6.5, 3.8), **grid) -> Figure:
@@ -269,7 +269,7 @@ FORMULAS = {
 FIGURES = FORMULAS | {
     "distance_vs_steps": partial(over_steps, [distance]), "grad_norm": partial(over_steps, [gradient]),
     "distance_and_loss_vs_steps": partial(over_steps, [distance, loss], size=(6.5, 5.6), height_ratios=[3, 2]),
-    "curvature_vs_steps": partial(over_steps, [partial(trace, name="hutch_trace", of="own, weighted"), trace],
+    "curvature_vs_steps": partial(over_steps, [partial(trace, name="hutch_trace", of="own weighted"), trace],
                                   columns=2, size=(7.5, 3.8), sharey=True),
     "step_curves": partial(over_steps, [loss, distance, gradient, trace], columns=2, size=(8.5, 6.2)),
     "per_t": partial(profile, key="eps_mse_ema", name="eps-MSE of EMA weights"),

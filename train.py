@@ -126,8 +126,8 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
 def check_finite(state: State) -> None:
     """Raise FloatingPointError if a loss or gradient since the last log line, or a weight, is not finite."""
     if not (state.sums.isfinite().all() and all(p.isfinite().all() for p in state.model.parameters())):
-        raise FloatingPointError(f"loss, gradient or weights are not finite, at one of the {int(state.sums[3])} steps "
-                                 f"up to step {state.step}")
+        raise FloatingPointError(f"step {state.step}: loss, gradient or weights are not finite, at this step or at one "
+                                 f"since the last log line ({int(state.sums[3])} steps)")
 
 
 def log_record(state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, Tensor]) -> dict:

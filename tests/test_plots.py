@@ -1,189 +1,340 @@
-"""plots.py: what is drawn is what stands in the logs."""
+"""Figures of made-up runs: the lines that are drawn hold the numbers of the logs."""
 
 import dataclasses
+import inspect
 import json
+import shutil
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
 import plots
 from config import load_config, load_tables
+from diffusion import Diffusion, cosine_betas
 from errors import UserError
-from runs import find_runs, influence_path
-from weighting import min_snr
+from fid import METRICS, Estimate, metric_name
+from runs import Run, find_runs, paired_differences, save_influence
+from weighting import loss_weights
 
-FD, SHIFT = "val/fid", {"E5": 0.0, "E6": 10.0}
+T = [0, 50, 500, 999]
+TRACES = ("hutch_trace", "hutch_trace_unweighted")
+FD, STDERR = "val/fd_lite0", "val/fd_lite0_stderr"
+BLACK, RED, GREY, WHITE = "#000000", "#d55e00", "#777777", "#ffffff"  # of constant, and of minsnr with gamma 5
 
 
-def distance(kind, step, sampler, nfe, n, value):
-    line = {"step": step, "kind": kind, "sampler": sampler, "nfe": nfe, "n": n, "features": "inception",
-            "reference": "r"}
-    for name in (FD, "val/kid"):
-        line |= {name: value, f"{name}_stderr": value / 50, f"{name}_floor": 5.0, f"{name}_floor_test": None,
-                 f"{name}_ceiling": 400.0}
-    return line
+def write(path, name, records):
+    (path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_run(root, exp, seed=1077, *overrides, frontier_n=(20,)):
+    """root/exp/seedSEED: 60 steps, logged every 2, milestones every 20, traces every 4; random numbers in all logs."""
+    config = load_config(exp, overrides=[f"seed={seed}", "train.total_steps=60", "log.every=2", 'eval.features="lite0"',
+                                         "model.base_channels=4", *overrides])
+    path, rng = root / exp / f"seed{seed}", np.random.default_rng([*exp.encode(), seed])
+    (path / "grids").mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    write(path, "loss", [{"step": step} | {key: rng.uniform(0.1, 2) for key in (
+        "train/eps_mse_mean", "train/grad_global_L2", "snr/mean")} for step in range(2, 61, 2)])
+    write(path, "curvature", [{"step": step, "num_probes": 3, "batch_size": 4} | {
+        f"curvature/{name}_{key}": low + rng.uniform()
+        for name in TRACES for key, low in (("mean", 50), ("stderr", 1))} | {
+        f"curvature/{key}_samples": rng.uniform(1, 9, 3).tolist() for key in ("snr_mean", "hutch_trace")}
+        for step in range(4, 61, 4)])
+    write(path, "per_t", [{"step": step, "n": 8, "t": T} | {
+        f"eps_mse_{kind}": rng.uniform(0.1, 1, 4).tolist() for kind in ("raw", "ema")} for step in (20, 40, 60)])
+    results, points = [], [*((step, "milestone", "ddpm", 50, 20) for step in (20, 40, 60)), *(
+        (60, "final", sampler, 50, 30) for sampler in ("ddpm", "ddim")), *(
+        (60, "frontier", sampler, nfe, n) for n in frontier_n for nfe in (5, 2) for sampler in ("ddim", "ddpm"))]
+    for point in points:
+        r = {"features": config.eval.features, "reference": "R"}
+        r |= zip(("step", "kind", "sampler", "nfe", "n"), point, strict=True)
+        estimates = {metric_name(metric, r["features"]): Estimate(rng.uniform(100, 200), rng.uniform(1, 9), rng.normal(
+            size=r["n"])) for metric in METRICS}
+        save_influence(path, r, estimates)
+        for name, (value, stderr, _) in estimates.items():
+            r |= {name: value, f"{name}_stderr": stderr, f"{name}_floor": 20 + r["n"], f"{name}_ceiling": 900}
+        results.append(r)
+    write(path, "results", results)
+    Image.new("RGB", (2, 2), (seed % 256, 60, int(exp[1]))).save(path / "grids" / "step_000060_ddim20.png")
+    return path
 
 
 @pytest.fixture
-def root(tmp_path):
-    """E5 and E6, seeds 1 and 2, of 40 steps: E6 is 10 above E5 in everything, seed 2 is 1 above seed 1."""
-    for exp, shift in SHIFT.items():
-        for seed in (1, 2):
-            config = load_config(exp, overrides=[f"seed={seed}", "train.total_steps=40", "log.every=1"])
-            run_dir, up = tmp_path / exp / f"seed{seed}", shift + seed - 1
-            (run_dir / "influence").mkdir(parents=True)
-            (run_dir / "grids").mkdir()
-            (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-            frontier = [distance("frontier", 40, sampler, nfe, 10, 100 + up + nfe) for sampler in ("ddim", "ddpm")
-                        for nfe in (10, 20)]
-            steps = range(1, 41)
-            logs = {
-                "loss": [{"step": s, "train/eps_mse_mean": s + up, "train/grad_global_L2": 2 * s + up, "snr/mean": s}
-                         for s in steps],
-                "results": [*(distance("milestone", s, "ddpm", 50, 10, 200 + up - s) for s in (20, 40)),
-                            distance("final", 40, "ddpm", 50, 30, 120 + up), distance("final", 40, "ddim", 50, 30, 130),
-                            *frontier],
-                "per_t": [{"step": s, "n": 4, "t": [0, 50, 500], "eps_mse_raw": [2 + up] * 3,
-                           "eps_mse_ema": [4 + up] * 3} for s in (20, 40)],
-                "curvature": [{"step": s, "num_probes": 2, "batch_size": 4, "curvature/snr_mean_samples": [1.0, 2.0],
-                               "curvature/hutch_trace_samples": [s + up, s - up]} | {
-                    f"curvature/{name}_{key}": value for name, value in (("hutch_trace", s + up),
-                                                                         ("hutch_trace_unweighted", 2 * s + up))
-                    for key in ("mean", "stderr")} for s in (20, 40)]}
-            for name, lines in logs.items():
-                (run_dir / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-            for r in logs["results"]:
-                np.savez(influence_path(run_dir, r), **dict.fromkeys((FD, "val/kid"), np.arange(r["n"]) * (1 + shift)))
-            Image.fromarray(np.full((4, 4, 3), int(up), np.uint8)).save(run_dir / "grids" / "step_000040_ddim20.png")
-    return tmp_path
+def pair(tmp_path):
+    """Runs of E5 (constant) and E6 (minsnr, gamma 5)."""
+    return make_run(tmp_path, "E5"), make_run(tmp_path, "E6")
 
 
-def curves(ax):
-    """[(label of the arm, x, y, error bars or None)] of a panel's errorbar() calls."""
-    found = []
-    for box in ax.containers:
-        line, _, bars = box.lines
-        segments = bars[0].get_segments() if bars else []
-        errors = [float(s[1][1] - s[0][1]) / 2 for s in segments] or None
-        found.append((str(box.get_label()).split(":")[0], *(np.asarray(d, float).tolist() for d in line.get_data()),
-                      errors))
-    return found
+@pytest.fixture
+def draw(tmp_path):
+    return lambda kind, *exps, **options: plots.draw(kind, [*exps], tmp_path, **options)
 
 
-def draw(root, kind, *exps, **options):
-    return plots.draw(kind, list(exps or SHIFT), root, **options)
+def column(path, name, key, **where):
+    """The values of a key in the lines of a log that have these other values."""
+    return [r[key] for r in Run(path).log(name) if where.items() <= r.items()]
 
 
-def test_distances_with_errors_and_context(root):
-    (ax,) = draw(root, "distance_vs_steps").axes
-    milestones = [c for c in curves(ax) if len(c[1]) == 2]
-    assert [c[1] for c in milestones] == [[20, 40]] * 4
-    assert [c[2] for c in milestones] == [[180 + u, 160 + u] for u in (0, 1, 10, 11)]
-    assert milestones[0][3] == pytest.approx([3.6, 3.2])
-    finals = sorted(c[2][0] for c in curves(ax) if len(c[1]) == 1)
-    assert finals == [120, 121, 130, 130, 130, 130, 130, 131]
-    assert {5.0, 400.0} <= {line.get_ydata()[0] for line in ax.lines} and ax.get_ylabel() == "FID"
-    text = ax.figure._supxlabel.get_text()
-    assert "n = 10" in text and "n = 30" in text and "DDPM NFE 50" in text and "1, 2" in text
+def drawn(ax, label):
+    """[(x, y, half lengths of the error bars)] of the lines whose label begins so."""
+    return [(*c.lines[0].get_data(), *([np.ptp(end, axis=0).max() / 2 for end in bars.get_segments()]
+                                       for bars in c.lines[2]))
+            for c in ax.containers if str(c.get_label()).startswith(label)]
 
 
-def test_until_cuts_and_the_loss_is_smoothed(root):
-    top, bottom = draw(root, "distance_and_loss_vs_steps", until=20).axes
-    assert all(c[1] == [20] for c in curves(top))
-    (_, x, y, _), *_ = curves(bottom)
-    assert x == list(range(1, 21)) and y[10] == pytest.approx(11) and y[0] == pytest.approx(2)  # mean of 1, 2, 3
+def lines(ax, color, marker):
+    return [line for line in ax.get_lines() if to_hex(line.get_color()) == color and line.get_marker() == marker]
 
 
-def test_gradient_norm_has_dots_and_the_clip(root):
-    (ax,) = draw(root, "grad_norm").axes
-    dots = [line for line in ax.lines if line.get_marker() == "."]
-    assert dots[0].get_ydata().tolist() == [2 * s for s in range(1, 41)] and len(dots) == 4
-    assert any(line.get_ydata()[0] == 1.0 for line in ax.lines)
+def caption(fig):
+    return " ".join(fig.get_supxlabel().split())
 
 
-def test_per_t_shows_ema_weights_and_ratios_within_a_seed(root):
-    top, bottom = draw(root, "per_t").axes
-    assert [c[2] for c in curves(top)] == [[4] * 3, [5] * 3, [14] * 3, [15] * 3]
-    assert [c[2] for c in curves(bottom)] == [[1] * 3, [1] * 3, pytest.approx([14 / 4] * 3), pytest.approx([3] * 3)]
+def legend(fig):
+    return [text.get_text() for text in fig.legends[0].get_texts()]
 
 
-def test_effective_loss_is_weight_times_error_of_raw_weights(root):
-    top, _ = draw(root, "effective_loss").axes
-    w = min_snr(plots.Diffusion(plots.BETAS["linear"]()).snr, 5.0)[[0, 50, 500]].numpy()
-    assert curves(top)[0][2] == [2] * 3 and curves(top)[2][2] == pytest.approx(12 * w)
+def running_mean(y, half):
+    return [np.mean(y[max(0, i - half):i + half + 1]) for i in range(len(y))]
 
 
-def test_both_traces(root):
-    own, unweighted = draw(root, "curvature_vs_steps").axes
-    assert curves(own)[0][2] == [30, 30] and curves(unweighted)[2][2] == [70, 70]  # running means of 20, 40; 50, 90
-    assert len(own.collections) >= 4  # bands
+def test_formulas(draw):
+    fig = draw("weights_raw_and_normalised")
+    one, raw, normalised = (line.get_ydata() for line in fig.axes[0].get_lines())
+    assert (one == 1).all() and raw.max() == 1 and raw[0] == pytest.approx(5.001e-4, rel=1e-3)
+    assert normalised.mean() == pytest.approx(1, abs=1e-12) and normalised[500] == pytest.approx(1.0952, abs=1e-4)
+    assert all(fact in legend(fig)[1] for fact in ("minsnr 5.0", "0.913073", "t = 130"))
+    curves = draw("weight_curves").axes[0].get_lines()
+    assert [line.get_markevery() for line in curves] == [[259], [165], [130]]
+    assert [line.get_ydata()[100] for line in curves] == pytest.approx([.1171, .3514, .5857], abs=1e-4)
+    linear, cosine, *gammas = (line.get_ydata() for line in draw("snr_vs_t").axes[0].get_lines())
+    assert linear[0] == pytest.approx(9999) and linear[999] == pytest.approx(4.036e-5, rel=1e-3)
+    assert (cosine[1:900] > linear[1:900]).all() and [gamma[0] for gamma in gammas] == [1, 3, 5]
 
 
-def test_trace_against_distance(root):
-    (ax,) = draw(root, "curvature_vs_distance").axes
-    assert (curves(ax)[0][1], curves(ax)[0][2]) == ([40, 80], [180, 160])
+def test_distances_with_errors_finals_floor_and_ceiling(pair, draw):
+    fig = draw("distance_vs_steps", "E5", "E6")
+    (ax,) = fig.axes
+    (x, y, error), = drawn(ax, "E6")
+    assert x.tolist() == [20, 40, 60] and y.tolist() == column(pair[1], "results", FD, kind="milestone")
+    assert error == pytest.approx(column(pair[1], "results", STDERR, kind="milestone"))
+    stars = lines(ax, RED, "*")
+    assert [star.get_ydata()[0] for star in stars] == column(pair[1], "results", FD, kind="final")
+    assert [to_hex(star.get_markerfacecolor()) for star in stars] == [RED, WHITE]  # DDPM as the milestones, DDIM
+    assert [line.get_ydata()[0] for line in lines(ax, GREY, "None")] == [40, 900]  # at the n of the milestones
+    assert ax.get_ylabel() == "Fréchet distance (lite0)" and ax.get_ylim()[0] == 0
+    assert legend(fig) == ["E5: constant", "E6: minsnr, $\\gamma$ = 5"]
+    for fact in ("milestone DDPM NFE 50, n = 20", "final DDIM NFE 50, n = 30", "lite0 features", "Seeds: 1077."):
+        assert fact in caption(fig)
 
 
-def test_step_curves_and_snr_geometry(root):
-    assert len(draw(root, "step_curves").axes) == 4
-    left, right = draw(root, "snr_geometry").axes
-    assert curves(left)[0][1] == list(range(21, 41)) and curves(left)[0][2] == [2 * s for s in range(21, 41)]
-    assert curves(right)[1][2] == [31, 29]
+def test_only_inception_features_are_called_fid_and_features_do_not_mix(tmp_path, draw):
+    make_run(tmp_path, "E5", 1077, 'eval.features="inception"')
+    assert draw("distance_vs_steps", "E5").axes[0].get_ylabel() == "FID"
+    make_run(tmp_path, "E6")
+    for kind in ("distance_vs_steps", "curvature_vs_distance", "frontier"):
+        with pytest.raises(UserError, match="features"):
+            draw(kind, "E5", "E6")
 
 
-def test_the_frontier_and_its_paired_differences(root):
-    top, bottom = draw(root, "frontier").axes
-    assert [c[2] for c in curves(top)[:2]] == [[110, 120], [110, 120]]
-    (_, x, y, errors), *_ = curves(bottom)
-    assert x == [10, 20] and y == pytest.approx([100 * 10 / 110, 100 * 10 / 120])  # relative to the baseline
-    paired = np.std(np.arange(10) * 10.0, ddof=1) / 10**0.5
-    assert errors == pytest.approx([100 * paired / 110, 100 * paired / 120], rel=1e-6)
-    (root / "E6" / "seed1" / "results.jsonl").write_text("")
-    (root / "E6" / "seed2" / "results.jsonl").write_text("")
-    with pytest.raises(UserError, match="frontier"):
-        draw(root, "frontier")
+def test_distance_and_loss_until_a_step(pair, draw):
+    above, below = draw("distance_and_loss_vs_steps", "E5", "E6", until=40).axes
+    assert drawn(above, "E5")[0][0].tolist() == [20, 40] and not lines(above, BLACK, "*")
+    (x, y), = drawn(below, "E5")
+    losses = column(pair[0], "loss", "train/eps_mse_mean")[:20]
+    assert x.tolist() == list(range(2, 41, 2)) and y == pytest.approx(running_mean(losses, 2))
 
 
-def test_grids_are_rows_of_seeds(root):
-    axes = draw(root, "grids").axes
-    assert [int(ax.images[0].get_array().max()) for ax in axes] == [0, 10, 1, 11]
-    assert ["E5" in ax.get_title() and "seed 1" in ax.get_title() for ax in axes] == [True, False, False, False]
+def test_gradient_norms_and_smoothing_over_a_twentieth_of_a_run(pair, tmp_path, draw):
+    (ax,) = draw("grad_norm", "E5", "E6").axes
+    norms = column(pair[1], "loss", "train/grad_global_L2")
+    assert [dots.get_ydata().tolist() for dots in lines(ax, RED, ".")] == [norms]
+    assert drawn(ax, "E6")[0][1] == pytest.approx(running_mean(norms, 2))
+    assert lines(ax, GREY, "None")[0].get_ydata()[0] == 1  # where clipping begins
+    shutil.rmtree(pair[1])
+    make_run(tmp_path, "E6", 1077, "train.total_steps=280")  # a twentieth: 14 steps, 7 lines
+    assert drawn(draw("grad_norm", "E6").axes[0], "E6")[0][1] == pytest.approx(running_mean(norms, 3))
 
 
-def test_figures_of_formulas(root):
-    (ax,) = plots.draw("weight_curves", [], root).axes
-    assert [line.get_ydata()[0] for line in ax.lines] == pytest.approx([1e-4, 3e-4, 5e-4], rel=1e-3)
-    assert [line.get_markevery() for line in ax.lines] == [[259], [165], [130]]
-    (ax,) = plots.draw("weights_raw_and_normalised", [], root).axes
-    assert [float(line.get_ydata()[-1]) for line in ax.lines] == pytest.approx([1, 1, 1.0952], rel=1e-4)
-    assert plots.draw("snr_vs_t", [], root).axes[0].lines[0].get_ydata()[0] == pytest.approx(9999)
+def test_traces_with_their_band(pair, draw):
+    fig = draw("curvature_vs_steps", "E5", "E6")
+    for ax, name in zip(fig.axes, TRACES, strict=True):
+        mean, error = (running_mean(column(pair[1], "curvature", f"curvature/{name}_{key}"), 2)
+                       for key in ("mean", "stderr"))
+        assert drawn(ax, "E6")[0][1] == pytest.approx(mean) and ax.get_ylim()[0] == 0
+        bands = [collection.get_paths()[0].vertices for collection in ax.collections]
+        ends = [bands[1][bands[1][:, 0] == step][:, 1] for step in (4, 32, 60)]
+        assert [np.ptp(end) for end in ends] == pytest.approx([2 * error[i] for i in (0, 7, 14)])
+        assert ax.get_ylim()[1] > max(band[:, 1].max() for band in bands)
+    assert "3 probes of 4 images" in caption(fig)
 
 
-def test_an_arm_has_one_look_and_arms_differ(root):
-    looks = plots.looks([run for exp in SHIFT for run in find_runs(root, exp)])
-    by_exp = {run.exp: {(look["color"], look["marker"]) for run2, look in looks.items() if run2.exp == run.exp}
-              for run in looks}
-    assert all(len(found) == 1 for found in by_exp.values()) and by_exp["E5"] != by_exp["E6"]
-    assert len({look[0] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
+def test_step_curves_are_the_panels_of_the_other_figures(pair, draw):
+    (distance, loss), (norm,), (_, trace) = (draw(kind, "E5", "E6").axes for kind in (
+        "distance_and_loss_vs_steps", "grad_norm", "curvature_vs_steps"))
+    for ax, other in zip(draw("step_curves", "E5", "E6").axes, (loss, distance, norm, trace), strict=True):
+        assert ax.get_ylabel() == other.get_ylabel()
+        assert drawn(ax, "E6")[0][1].tolist() == drawn(other, "E6")[0][1].tolist()
 
 
-def test_the_command(root, tmp_path, capsys):
-    assert plots.main(["--all", "--runs", str(root), "--out", str(tmp_path / "a")]) == 0
-    out = capsys.readouterr().out
-    assert "fid_vs_steps_e5e6.png" in out and "E1" in out  # drawn; and left out, with what is missing
-    for name in ("curvature_vs_steps.png", "curvature_vs_steps.svg"):
-        first = (tmp_path / "a" / name).read_bytes()
-        plots.main(["curvature_vs_steps", "--runs", str(root), "--out", str(tmp_path / "b")])
-        assert (tmp_path / "b" / name).read_bytes() == first  # the same file each time
-    with pytest.raises(UserError, match="E1"):
-        plots.main(["fid_vs_steps", "--runs", str(root)])
-    assert all(table["kind"] in plots.FIGURES for table in load_tables("figures").values())
+def test_per_t_of_ema_weights_and_its_ratio_within_a_seed(pair, tmp_path, draw):
+    seeds = pair, (make_run(tmp_path, "E5", 1078), make_run(tmp_path, "E6", 1078))
+    make_run(tmp_path, "E6", 1079)  # has no baseline
+    write(pair[0], "per_t", Run(pair[0]).log("per_t")[:2])  # so that step 40 is the last that all have
+    fig = draw("per_t", "E5", "E6")
+    upper, lower = (drawn(ax, "E6") for ax in fig.axes)
+    assert len(upper) == 3 and len(lower) == 2 and len(legend(fig)) == 2
+    for i, paths in enumerate(seeds):
+        base, arm = (column(path, "per_t", "eps_mse_ema", step=40)[0] for path in paths)
+        assert upper[i][0] == pytest.approx(T) and upper[i][1].tolist() == arm
+        assert lower[i][1] == pytest.approx(np.divide(arm, base)) and (drawn(fig.axes[1], "E5")[i][1] == 1).all()
+    for fact in ("step 40", "8 held-out images", "1077, 1078, 1079"):
+        assert fact in caption(fig)
 
 
-@pytest.mark.parametrize("log, kind", [("loss", "grad_norm"), ("per_t", "per_t"), ("curvature", "curvature_vs_steps"),
-                                       ("results", "distance_vs_steps")])
-def test_a_missing_log_is_named(root, log, kind):
-    (root / "E6" / "seed2" / f"{log}.jsonl").unlink()
-    with pytest.raises(UserError, match=f"E6/seed2.*{log}"):
-        draw(root, kind)
+def test_effective_loss_has_the_weights_of_each_runs_schedule(tmp_path, draw):
+    paths = make_run(tmp_path, "E9a"), make_run(tmp_path, "E9b", 1077, "loss.gamma=3.0")
+    upper, lower = draw("effective_loss", "E9a", "E9b").axes
+    w = loss_weights(Diffusion(cosine_betas()).snr, "minsnr", 3.0)[T].numpy()
+    base, arm = (np.array(column(path, "per_t", "eps_mse_raw")[-1]) for path in paths)
+    assert w[0] < 1e-3 and drawn(upper, "E9b")[0][1] == pytest.approx(w * arm)
+    assert drawn(upper, "E9a")[0][1] == pytest.approx(base)
+    assert drawn(lower, "E9b")[0][1] == pytest.approx(w * arm / base)
+
+
+def test_curvature_against_distance(pair, draw):
+    (ax,) = draw("curvature_vs_distance", "E5", "E6").axes
+    (x, y, *errors), = drawn(ax, "E6")
+    x_of, x_error = ([column(pair[1], "curvature", f"curvature/hutch_trace_unweighted_{key}", step=step)[0]
+                      for step in (20, 40, 60)] for key in ("mean", "stderr"))
+    assert x.tolist() == x_of and y.tolist() == column(pair[1], "results", FD, kind="milestone")
+    np.testing.assert_allclose(errors, [x_error, column(pair[1], "results", STDERR, kind="milestone")])
+    opened = [line.get_xydata().tolist() for line in ax.get_lines() if to_hex(line.get_markerfacecolor()) == WHITE]
+    assert opened[1] == [[x[0], y[0]]]  # the first milestone
+
+
+def test_snr_geometry(pair, draw):
+    left, right = (drawn(ax, "E6")[0] for ax in draw("snr_geometry", "E5", "E6").axes)
+    for values, key in zip(left, ("snr/mean", "train/grad_global_L2"), strict=True):
+        assert values.tolist() == column(pair[1], "loss", key)[15:]
+    samples = column(pair[1], "curvature", "curvature/hutch_trace_samples")
+    assert right[0].tolist() == column(pair[1], "curvature", "curvature/snr_mean_samples")[-1]
+    assert right[1] == pytest.approx(np.mean(samples[-5:], axis=0))
+
+
+def test_frontier_and_paired_differences_in_percent_of_the_baseline(tmp_path, draw):
+    pair = make_run(tmp_path, "E5", frontier_n=(20, 40, 80)), make_run(tmp_path, "E6", frontier_n=(20, 40))
+    fig = draw("frontier", "E5", "E6")
+    for sampler, dash in (("ddim", "--"), ("ddpm", "-")):
+        where = {"kind": "frontier", "n": 40, "sampler": sampler}  # 40: the largest that both have
+        name = f"E6: minsnr, $\\gamma$ = 5, {sampler.upper()}"
+        base, arm = (column(path, "results", FD, **where)[::-1] for path in pair)  # NFE 2 is logged after 5
+        (x, y, error), = drawn(fig.axes[0], name)
+        assert x.tolist() == [2, 5] and y.tolist() == arm
+        assert error == pytest.approx(column(pair[1], "results", STDERR, **where)[::-1])
+        (_, y, error), = drawn(fig.axes[1], name)
+        stderr = [d[STDERR] for d in paired_differences(*pair) if where.items() <= d.items()][::-1]
+        assert y == pytest.approx(100 * (np.divide(arm, base) - 1))
+        assert error == pytest.approx(100 * np.divide(stderr, base))
+        assert {c.lines[0].get_linestyle() for ax in fig.axes for c in ax.containers if c.get_label() == name} == {dash}
+    assert not drawn(fig.axes[1], "E5") and "step 60, n = 40, lite0" in caption(fig)
+
+
+def test_frontier_leaves_out_runs_without_one(pair, tmp_path, draw):
+    assert len(draw("frontier", "E5").axes) == 1
+    make_run(tmp_path, "E5", 1078, frontier_n=())
+    make_run(tmp_path, "E6", 1079)  # has one, but no baseline
+    fig = draw("frontier", "E5", "E6")
+    assert "Seeds: 1077, 1079." in caption(fig) and [len(ax.containers) for ax in fig.axes] == [6, 2]
+
+
+def test_grids_have_a_row_per_seed_that_all_have(pair, tmp_path, draw):
+    for exp, seed in (("E6", 1079), ("E5", 1079), ("E5", 1078)):
+        make_run(tmp_path, exp, seed)
+    fig = draw("grids", "E5", "E6")
+    shown = [(exp, seed) for seed in (1077, 1079) for exp in ("E5", "E6")]
+    assert [(ax.get_title()[:2], int(ax.get_title()[-4:])) for ax in fig.axes] == shown
+    colors = [tuple(ax.images[0].get_array()[0, 0]) for ax in fig.axes]
+    assert colors == [(seed % 256, 60, int(exp[1])) for exp, seed in shown]
+    assert "step 60, DDIM NFE 20" in caption(fig)
+
+
+def test_an_arm_has_one_look_and_arms_differ_also_in_grey(pair, tmp_path):
+    make_run(tmp_path, "E2")  # the arm of E6
+    e5, e6, e2 = (find_runs(tmp_path, exp)[0] for exp in ("E5", "E6", "E2"))
+    look = plots.looks([e6, e5, e2])
+    assert look[e5]["color"] == BLACK and look[e6]["color"] == RED == plots.looks([e5, e2])[e2]["color"]
+    assert look[e2]["color"] not in (BLACK, RED) and look[e6]["linewidth"] > look[e5]["linewidth"]
+    every = [*plots.LOOKS.values(), *plots.SPARE]
+    assert [len(set(part)) for part in zip(*every, strict=True)] == [len(every)] * 3
+    assert np.ptp([np.dot(to_rgb(color), (0.2126, 0.7152, 0.0722)) for color in (BLACK, RED)]) > 0.2
+
+
+@pytest.mark.parametrize("name, kind", [("results", "distance_vs_steps"), ("loss", "grad_norm"), ("per_t", "per_t"),
+                                        ("curvature", "curvature_vs_steps"), ("results", "curvature_vs_distance"),
+                                        ("frontier", "frontier"), ("curvature", "snr_geometry")])
+def test_an_empty_log_is_named(pair, draw, name, kind):
+    write(pair[1], name.replace("frontier", "results"), [])
+    with pytest.raises(UserError, match=f"E6/seed1077.*{name}"):
+        draw(kind, "E5", "E6")
+
+
+def test_what_cannot_be_compared_is_refused(pair, tmp_path, draw):
+    write(pair[1], "per_t", [r | {"n": 9} for r in Run(pair[1]).log("per_t")])
+    write(pair[1], "results", [r | {"step": 59} for r in Run(pair[1]).log("results")])
+    (pair[1] / "grids" / "step_000060_ddim20.png").rename(pair[1] / "grids" / "step_000059_ddim20.png")
+    make_run(tmp_path, "E4", 1078)
+    for kind, exp in (("per_t", "E6"), ("effective_loss", "E6"), ("frontier", "E6"), ("grids", "E6"), ("grids", "E4")):
+        with pytest.raises(UserError, match=f"{exp}/seed107.*in all"):
+            draw(kind, "E5", exp)
+
+
+def test_what_is_not_there_is_named(pair, draw):
+    write(pair[1], "per_t", [{key: r[key] for key in r if key != "eps_mse_ema"} for r in Run(pair[1]).log("per_t")])
+    for kind, exps, fact in (("per_t", ["E5", "E6"], "eps_mse_ema"), ("per_t", ["E5", "E8a", "E8b"], "E8a, E8b"),
+                             ("per_t", [], "no run"), ("per_tt", ["E5"], "did you mean per_t")):
+        with pytest.raises(UserError, match=fact):
+            draw(kind, *exps)
+
+
+def test_all_draws_what_it_can_and_lists_the_rest(pair, tmp_path, capsys):
+    (pair[0] / "grids" / "step_000060_ddim20.png").write_bytes(b"no picture")
+    (pair[1] / "curvature.jsonl").write_text("garbage\n")
+    assert plots.main(["--all", "--runs", str(tmp_path)]) == 0
+    names = {"weights", "weight_curves", "snr", "fid_vs_steps_e5e6", "frontier_e5e6"}
+    files = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert files == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+    left_out = dict(line.split(": left out: ") for line in capsys.readouterr().out.splitlines() if "left out" in line)
+    assert left_out.keys() == load_tables("figures").keys() - names
+    for name, fact in (("curvature_vs_steps", "curvature.jsonl: line 1"), ("grids_e5e6", "step_000060_ddim20"),
+                       ("steps_e8", "E8a, E8b, E8c")):
+        assert fact in left_out[name]
+
+
+def test_a_figure_that_was_asked_for_is_drawn_or_an_error(pair, tmp_path):
+    out = ["--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert plots.main(["--kind", "per_t", "--kind", "snr_vs_t", "--exps", "E5", "E6", *out]) == 0
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"per_t_E5_E6", "snr_vs_t_E5_E6"}
+    for argv, fact in ((["steps_e8"], "steps_e8: no run of E8a"), (["fid_vs_step"], "did you mean fid_vs_steps")):
+        with pytest.raises(UserError, match=fact):
+            plots.main([*argv, *out])
+    for argv in ([], ["--all", "snr"], ["snr", "--exps", "E5"]):
+        with pytest.raises(SystemExit, match="2"):
+            plots.main([*argv, *out])
+
+
+def test_a_figure_is_the_same_file_each_time_and_has_no_date(pair, tmp_path):
+    for folder in ("a", "b"):
+        assert plots.main(["fid_vs_steps_e5e6", "--runs", str(tmp_path), "--out", str(tmp_path / folder)]) == 0
+    for suffix in ("png", "svg"):
+        a, b = ((tmp_path / folder / f"fid_vs_steps_e5e6.{suffix}").read_bytes() for folder in ("a", "b"))
+        assert a == b and len(a) > 5000 and b"<dc:date>" not in a
+
+
+def test_every_figure_of_the_experiments_has_a_kind_that_takes_its_options():
+    for table in load_tables("figures").values():
+        kind = table.pop("kind")
+        assert ("runs" in table) == (kind not in plots.FORMULAS)
+        inspect.signature(plots.FIGURES[kind]).bind(table.pop("runs", []), **table)
