@@ -75,7 +75,7 @@ else:
 """ for stage in ("half written", "next.pt", "previous.pt", "last.pt")}
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [12, pytest.param(24, marks=pytest.mark.long)])
 def test_kill_anywhere(server, tmp_path, kills):
     """Killed at random moments and inside checkpoint writes, again and again: the same run, to the last byte."""
     overrides = [*EVERYTHING, f"train.total_steps={15 * kills}"]  # more than they let pass
