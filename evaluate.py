@@ -360,8 +360,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.against:
-        for record in paired_differences(args.against, args.run_dir):
-            print(json.dumps(record))
+        differences = paired_differences(args.against, args.run_dir)
+        if not differences:
+            raise UserError(f"{args.run_dir} and {args.against}: no distance that both have measured in the same way")
+        print(*map(json.dumps, differences), sep="\n")
         return 0
     device = check_device(args.device)
     if args.stats:
@@ -382,7 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     features = args.features or ev.features
     if features == "none":
         raise UserError(f"{args.run_dir}: its config has eval.features = none; give --features lite0 or inception")
-    n, nfe, sampler = args.n or ev.n_samples, args.nfe or ev.nfe, args.sampler or ev.sampler
+    n, sampler = args.n or ev.n_samples, args.sampler or ev.sampler
+    nfe = ev.nfe if args.nfe is None else args.nfe
     seed = config.seed if args.seed is None else args.seed
     for each in args.frontier or [nfe]:
         if not 1 <= each <= diffusion.T:

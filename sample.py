@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     config, step, model, ema, diffusion = load_run(args.run_dir, check_device(args.device), args.step)
-    n, seed = args.n or (4 if args.trajectory else 64), config.seed if args.seed is None else args.seed
+    n = args.n if args.n is not None else 4 if args.trajectory else 64
+    seed = config.seed if args.seed is None else args.seed
     limits = {"nfe": (args.nfe, 1, diffusion.T), "n": (n, 1, 16 if args.trajectory else MAX_SAMPLES),
               "seed": (seed, 0, 2**63 - 1), "eta": (args.eta or 0, 0, 1)}
     for name, (value, low, high) in limits.items():

@@ -167,8 +167,8 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
           distances: evaluate.Distances | None, saved: dict | None) -> int:
     """Train from `saved` (a checkpoint's content, or None for step 0) to the end; return the signal that stopped it.
 
-    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. A checkpoint of step k is written
-    after line k of loss.jsonl and before what is measured at step k. A resumed run measures what is still missing.
+    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. A milestone is measured
+    after its checkpoint is written, so a run that ends within it loses nothing: resumed, it measures what is missing.
     Raises FloatingPointError if something is not finite, before anything of it is written.
     """
     state, diffusion = new_state(config, device)

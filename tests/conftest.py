@@ -57,6 +57,12 @@ def tiny_network(*_):
     return Tiny()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums are then those of the processes that tests start, and a busy machine does not slow the tests down."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Starts the scripts as real processes; see processes.py."""

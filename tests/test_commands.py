@@ -12,12 +12,15 @@ from PIL import Image
 
 from runs import read_jsonl
 
+FEW_IMAGES = "import data; data.SHAPES_TRAIN = data.SHAPES_TEST = 20"  # to save time
+
 
 @pytest.fixture(scope="module")
 def place(server, tmp_path_factory):
     """A folder with one of everything that a command line may name."""
     place = tmp_path_factory.mktemp("place")
-    done = server.run("train.py", "--exp", "smoke", *small_run_flags("train.total_steps=2"), cwd=place)
+    command = ["train.py", "--exp", "smoke", *small_run_flags("train.total_steps=2")]
+    done = server.run(*command, cwd=place, before=FEW_IMAGES)
     assert done.status == 0, done.err
     (place / "empty").mkdir()
     (place / "text").write_text("hello")
@@ -29,7 +32,6 @@ def place(server, tmp_path_factory):
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez(place / "other.npz", mu=np.zeros(3), sigma=np.eye(3), n=10)
     np.savez(place / "pickled.npz", np.array([{}], dtype=object))
-    (place / "cut.npz").write_bytes((place / "floats.npz").read_bytes()[:100])
     shutil.copytree(place / "runs" / "smoke" / "seed1077", place / "damaged")
     for file in (place / "damaged" / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
@@ -38,7 +40,6 @@ def place(server, tmp_path_factory):
     (place / "no_config" / "smoke" / "seed1077" / "config.json").write_text('{"exp": "smoke"}')
     shutil.copytree(place / "runs", place / "bad_log")
     (place / "bad_log" / "smoke" / "seed1077" / "loss.jsonl").write_text('{"step": 1}\n{}\n')
-    (place / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
     return place
 
 
@@ -48,12 +49,10 @@ REFUSED = [  # one of each kind of fault, with the facts that its line must carr
     ("train.py", "--exp smok", ["'smok'", "smoke"]), ("train.py", "--exp smoke --profile cpi", ["'cpi'", "cpu"]),
     ("train.py", "--exp smoke --set train.total_step=3", ["train.total_step", "train.total_steps"]),
     ("train.py", "--exp smoke --set train.lr=1e999", ["train.lr", "inf"]),
-    ("train.py", "--exp smoke --seed 99999999999999999999", ["seed", "99999999999999999999"]),
-    ("train.py", "--exp smoke --device cuda:99", ["cuda:99"]), ("train.py", "--exp smoke --device meta", ["meta"]),
+    ("train.py", "--exp smoke --device cuda:99", ["cuda:99"]),
     ("train.py", "--exp smoke --resume --overwrite", ["--resume", "--overwrite"]),
     ("train.py", "--exp smoke", ["finished", "--overwrite", "--out"]), ("train.py", "--exp smoke --out text", ["text"]),
     ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root empty", ["download", "--data-root"]),
-    ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root cifar", ["data_batch_1"]),
     ("train.py", "--exp smoke --out new --set eval.features=lite0 --set eval.stats_root=text", ["eval.stats_root"]),
     ("train.py", "--exp smoke --out new --set eval.features=inception --set eval.inception_weights=none.pth",
      ["none.pth", "eval.features=lite0"]),
@@ -61,25 +60,22 @@ REFUSED = [  # one of each kind of fault, with the facts that its line must carr
      ["text", "5 bytes"]),
     ("train.py", "--exp smoke --out no_config", ["config.json", "title"]),
     ("sample.py", "missing", ["missing: not a run directory"]), ("sample.py", "damaged", ["last.pt", "previous.pt"]),
-    ("sample.py", f"{RUN} --eta nan", ["--eta nan"]), ("sample.py", f"{RUN} --sampler euler", ["euler"]),
+    ("sample.py", f"{RUN} --eta nan", ["--eta nan"]),
     ("sample.py", f"{RUN} --out text --n 1 --nfe 1", ["text"]), ("sample.py", f"{RUN} --step 1", ["step 1", "000002"]),
     ("plots.py", "", ["--all", "--kind"]), ("plots.py", "weight", ["weight", "weights"]),
-    ("plots.py", "--kind pie --exps E5", ["pie"]), ("plots.py", "grids --runs typo", ["typo"]),
+    ("plots.py", "grids --runs typo", ["typo"]),
     ("plots.py", "--kind grad_norm --exps smoke --runs bad_log", ["loss.jsonl", "line 2"]),
     ("report.py", "min_snr_11k", ["min_snr_11k", "min_snr_10k"]), ("report.py", "E5 E6", ["E5"]),
     ("report.py", "smoke smoke", ["loss.weighting"]), ("evaluate.py", "", ["RUN_DIR", "--stats"]),
-    ("evaluate.py", f"{RUN} --against missing", ["missing"]), ("evaluate.py", f"{RUN} --n 5", ["--n"]),
+    ("evaluate.py", f"{RUN} --n 5", ["--n"]),
     ("evaluate.py", f"{RUN} --distance", ["eval.features", "--features"]),
-    ("evaluate.py", f"{RUN} --distance --features lite0 --n 1", ["--n 1"]),
-    ("evaluate.py", f"{RUN} --frontier 10,x --features lite0", ["10,x"]),
     ("evaluate.py", f"{RUN} --frontier 10,2000 --features lite0", ["2000", "1000"]),
     ("fid.py", "images missing --features lite0", ["missing"]), ("fid.py", "images empty --features lite0", ["empty"]),
-    ("fid.py", "images broken --features lite0", ["0.png"]), ("fid.py", "images cut.npz --features lite0", ["cut.npz"]),
+    ("fid.py", "images broken --features lite0", ["0.png"]),
     ("fid.py", "images pickled.npz --features lite0", ["pickled.npz"]),
     ("fid.py", "images floats.npz --features lite0", ["floats.npz", "float64"]),
     ("fid.py", "images other.npz --features lite0", ["other.npz", "3"]),
     ("fid.py", "images images --features lite0 --weights text", ["--weights"]),
-    ("fid.py", "images images --features lite0 --device cuda:99", ["cuda:99"]),
     ("fid.py", "images nowhere/stats.npz --save-stats --features lite0", ["nowhere/stats.npz"]),
 ]
 OFFLINE = """
@@ -121,16 +117,15 @@ def test_paths_with_spaces_and_other_alphabets(server, tmp_path):
     flags = ["--exp", "smoke", *small_run_flags("train.total_steps=2", "eval.n_samples=4", "eval.final_n_samples=4",
                                                 "eval.features=lite0"),
              "--set", f"eval.stats_root={odd}", "--data-root", odd / "data", "--out", odd / "out"]
-    cached = "import data; data.SHAPES_TRAIN = data.SHAPES_TEST = 20"  # statistics of 20 images, to save time
-    done = server.run("train.py", *flags, cwd=odd, before=cached)
+    done = server.run("train.py", *flags, cwd=odd, before=FEW_IMAGES)
     assert done.status == 0, done.err
     run_dir = odd / "out" / "smoke" / "seed1077"
     assert json.loads((run_dir / "config.json").read_text())["data"]["root"] == str(odd / "data")
     assert str(run_dir) in done.out and "val/fd_lite0" in read_jsonl(run_dir / "results.jsonl")[-1]
     done = server.run("sample.py", run_dir, "--n", "1", "--nfe", "1", "--npz", cwd=odd)
     assert done.status == 0 and Path(done.out.splitlines()[1]).exists()
-    assert server.run("evaluate.py", run_dir, cwd=odd).status == 0
-    assert server.run("train.py", *flags, "--resume", cwd=odd, before=cached).status == 0
+    assert server.run("evaluate.py", run_dir, cwd=odd, before=FEW_IMAGES).status == 0
+    assert server.run("train.py", *flags, "--resume", cwd=odd, before=FEW_IMAGES).status == 0
 
 
 def test_a_line_break_in_an_argument_is_still_one_line(server, tmp_path):
@@ -204,15 +199,13 @@ def broken_cifar(tmp_path, cifar10_root):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["missing", "wrong md5", "all zero", "unreadable", "a folder"])
+@pytest.mark.parametrize("damage", ["missing", "wrong md5", "unreadable", "a folder"])
 def test_wrong_data_is_refused_by_file_name(server, broken_cifar, tmp_path, damage):
     batch = broken_cifar / "data_batch_3"
     content = batch.read_bytes()
     batch.unlink()
     if damage == "wrong md5":
         batch.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-    elif damage == "all zero":
-        batch.write_bytes(bytes(len(content)))
     elif damage == "unreadable":
         batch.write_bytes(content)
         batch.chmod(0)
@@ -222,16 +215,3 @@ def test_wrong_data_is_refused_by_file_name(server, broken_cifar, tmp_path, dama
                       broken_cifar.parent, "--out", tmp_path / "runs", cwd=tmp_path, unprivileged=True)
     assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
     assert "data_batch_3" in done.err and not (tmp_path / "runs").exists()
-
-
-def test_the_folder_of_batches_itself_is_refused(server, broken_cifar, tmp_path):
-    done = server.run("train.py", "--exp", "E1", "--data-root", broken_cifar, cwd=tmp_path, before=OFFLINE)
-    assert done.status == 2 and "data_batch_1 is missing" in done.err and "--data-root" in done.err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_failed_download_leaves_nothing(server, tmp_path):
-    done = server.run("train.py", "--exp", "E1", "--set", "eval.features=none", cwd=tmp_path, before=OFFLINE)
-    assert done.status == 2 and "download" in done.err and list(tmp_path.iterdir()) == []
-
-

@@ -180,7 +180,7 @@ def test_statistics_published_elsewhere_are_used_with_a_warning(distances):
 # ---- in training, and the command ----
 
 ARMS = set_flags(*TINY, *SMALLEST, "train.lr=1e-2", "ema.decay=0.9", "eval.features=inception", "eval.n_samples=20",
-                 "curvature.every=6", "curvature.num_probes=2")
+                 "curvature.every=6", "curvature.num_probes=2", "eval.nfe=3")
 
 
 images_once = cache(load_images)
@@ -247,8 +247,8 @@ def test_the_command_repeats_what_training_measured(arms, command):
         for r, flags in zip(results, (("--step", 6), (), ("--n", n), ("--n", n, "--sampler", "ddim")), strict=False):
             printed, = command(run, "--distance", *flags)
             assert printed.pop("seed") == 1077 and printed.items() <= r.items()
-    printed, = command(arms[0], "--distance", "--seed", 5, "--nfe", 3)
-    assert (printed["seed"], printed["nfe"], printed["n"]) == (5, 3, 20)
+    printed, = command(arms[0], "--distance", "--seed", 5, "--nfe", 2)
+    assert (printed["seed"], printed["nfe"], printed["n"]) == (5, 2, 20)
     assert command(arms[0], "--distance", "--seed", 5)[0]["val/fid"] not in [
         r["val/fid"] for r in (printed, *read_jsonl(arms[0] / "results.jsonl"))]
     with pytest.raises(UserError, match="NFE 5000"):
@@ -274,25 +274,25 @@ def test_the_frontier_is_appended_point_by_point(arms, command, monkeypatch):
         return real(model, diffusion, n, sampler, nfe, *args, **kwargs)
 
     monkeypatch.setattr(evaluate, "sample_images", sample_images)
-    flags = ("--frontier", "2,4", "--n", 20)
+    flags = ("--frontier", "3,4", "--n", 20)
     with pytest.raises(KeyboardInterrupt):
         command(run_dir, *flags)
     points = command(run_dir, *flags)
-    assert calls == [("ddpm", 2), ("ddpm", 4), ("ddim", 2), ("ddim", 2), ("ddim", 4)]  # what was there was not repeated
+    assert calls == [("ddpm", 3), ("ddpm", 4), ("ddim", 3), ("ddim", 3), ("ddim", 4)]  # what was there was not repeated
     assert command(run_dir, *flags) == points and len(calls) == 5
     assert (run_dir / "results.jsonl").read_text().startswith(before)
     milestone, *_, = (r for r in read_jsonl(run_dir / "results.jsonl") if (r["step"], r["kind"]) == (12, "milestone"))
     assert [r for r in read_jsonl(run_dir / "results.jsonl") if r["kind"] == "frontier"] == points
     assert [(r["sampler"], r["nfe"], r["n"], r["step"]) for r in points] == [
-        ("ddpm", 2, 20, 12), ("ddpm", 4, 20, 12), ("ddim", 2, 20, 12), ("ddim", 4, 20, 12)]
+        ("ddpm", 3, 20, 12), ("ddpm", 4, 20, 12), ("ddim", 3, 20, 12), ("ddim", 4, 20, 12)]
     means = {"val/eps_mse_raw", "val/eps_mse_ema"}
     assert {**points[0], "kind": "milestone"} == {key: r for key, r in milestone.items() if key not in means}
-    command(run_dir, "--frontier", 2, "--sampler", "ddpm", "--n", 10)
-    command(run_dir, "--frontier", 2, "--sampler", "ddpm", "--n", 20, "--step", 6)
-    assert calls[5:] == [("ddpm", 2)] * 2  # another n or step is another point
-    command(other, "--frontier", "2,4", "--n", 20, "--sampler", "ddim")
+    command(run_dir, "--frontier", 3, "--sampler", "ddpm", "--n", 10)
+    command(run_dir, "--frontier", 3, "--sampler", "ddpm", "--n", 20, "--step", 6)
+    assert calls[5:] == [("ddpm", 3)] * 2  # another n or step is another point
+    command(other, "--frontier", "3,4", "--n", 20, "--sampler", "ddim")
     pairs = [(d["kind"], d["nfe"]) for d in command(run_dir, "--against", other)]
-    assert pairs == [("milestone", 2)] * 2 + [("frontier", 2), ("frontier", 4)]
+    assert pairs == [("milestone", 3)] * 2 + [("frontier", 3), ("frontier", 4)]
 
 
 def test_a_resumed_run_keeps_its_frontier(arms, command, trained, monkeypatch):

@@ -57,7 +57,8 @@ def make_run(root, exp, seed=1077, *overrides, frontier_n=(20,)):
             r |= {name: value, f"{name}_stderr": stderr, f"{name}_floor": 20 + r["n"], f"{name}_ceiling": 900}
         results.append(r)
     write(path, "results", results)
-    Image.new("RGB", (2, 2), (seed % 256, 60, int(exp[1]))).save(path / "grids" / "step_000060_ddim20.png")
+    for step in (20, 60):
+        Image.new("RGB", (2, 2), (seed % 256, step, int(exp[1]))).save(path / "grids" / f"step_{step:06d}_ddim20.png")
     return path
 
 
@@ -284,7 +285,7 @@ def test_an_empty_log_is_named(pair, draw, name, kind):
 def test_what_cannot_be_compared_is_refused(pair, tmp_path, draw):
     write(pair[1], "per_t", [r | {"n": 9} for r in Run(pair[1]).log("per_t")])
     write(pair[1], "results", [r | {"step": 59} for r in Run(pair[1]).log("results")])
-    (pair[1] / "grids" / "step_000060_ddim20.png").rename(pair[1] / "grids" / "step_000059_ddim20.png")
+    shutil.rmtree(pair[1] / "grids")
     make_run(tmp_path, "E4", 1078)
     for kind, exp in (("per_t", "E6"), ("effective_loss", "E6"), ("frontier", "E6"), ("grids", "E6"), ("grids", "E4")):
         with pytest.raises(UserError, match=f"{exp}/seed107.*in all"):

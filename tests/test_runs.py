@@ -1,14 +1,19 @@
 """A run directory: its logs, how it starts and resumes, how it is found and read."""
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import TINY, set_flags
 
 import train
+from checkpoint import load_file, save_checkpoint
+from config import load_config
 from errors import UserError
-from runs import Run, append_jsonl, find_runs, load_run, read_jsonl
+from fid import Estimate
+from runs import Run, append_jsonl, find_runs, load_run, paired_differences, read_jsonl, save_influence
 
 
 def test_a_log_survives_a_crash_at_any_byte(tmp_path):
@@ -42,11 +47,24 @@ def files(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run_is_not_started_twice(run_train, tmp_path):
-    run_dir = run_train("E2", "train.total_steps=6")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    train.main(["--exp", "E2", "--device", "cpu", "--out", str(root), *set_flags(*TINY)])
+    return root
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A finished run of E2, where run_train("E2") would put it."""
+    shutil.copytree(trained, tmp_path / "runs")
+    return tmp_path / "runs" / "E2" / "seed1077"
+
+
+def test_a_run_is_not_started_twice(run_dir, run_train, tmp_path):
     before = files(run_dir)
     with pytest.raises(UserError, match="--resume.*--overwrite.*--out"):
-        run_train("E2", "train.total_steps=6")
+        run_train("E2")
     assert files(run_dir) == before
     run_train("E2", "train.total_steps=5", flags=["--overwrite"])
     assert Run(run_dir).config.train.total_steps == 5
@@ -58,27 +76,41 @@ def test_a_run_is_not_started_twice(run_train, tmp_path):
     assert (tmp_path / "runs" / "E1" / "seed1077" / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_resume_refuses_another_config_by_its_key(run_train):
-    run_dir = run_train("E2", "train.total_steps=6")
+def test_a_resume_refuses_another_config_by_its_key(run_dir, run_train):
     before = files(run_dir)
     for override, key in [("loss.gamma=3", "loss.gamma"), ("model.base_channels=12", "model.base_channels"),
-                          ("train.total_steps=9", "train.total_steps"), ("train.amp=false", "train.amp")]:
+                          ("train.total_steps=15", "train.total_steps"), ("train.amp=false", "train.amp")]:
         with pytest.raises(UserError, match=key):
-            run_train("E2", "train.total_steps=6", override, flags=["--resume"])
+            run_train("E2", override, flags=["--resume"])
     assert files(run_dir) == before
-    run_train("E2", "train.total_steps=6", "log.every=1", "data.root='x'", flags=["--resume"])  # these may change
+    run_train("E2", "log.every=1", "data.root='x'", flags=["--resume"])  # these may change
     assert Run(run_dir).config.log.every == 1
 
 
-def test_a_checkpoint_of_another_run_is_refused(run_train):
-    own, other = run_train("E2", "train.total_steps=6"), run_train("E2", "train.total_steps=6", seed=5, out="other")
-    shutil.copy(other / "checkpoints" / "last.pt", own / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match="seed"):
-        run_train("E2", "train.total_steps=6", flags=["--resume"])
+def test_a_checkpoint_of_another_run_is_refused(run_dir, run_train):
+    last = run_dir / "checkpoints" / "last.pt"
+    state = load_file(last)
+    save_checkpoint(last, state | {"config": state["config"] | {"seed": 5}})
+    with pytest.raises(UserError, match="seed = 5.*1077"):
+        run_train("E2", flags=["--resume"])
 
 
-def test_a_resume_without_checkpoints_loses_no_logs(run_train):
-    run_dir = run_train("E2")
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(run_dir):
+    last = run_dir / "checkpoints" / "last.pt"
+    state = load_file(last)
+    state["ema"].pop("conv_in.weight")
+    save_checkpoint(last, state)
+    with pytest.raises(UserError, match="checkpoint does not fit its config"):
+        load_run(run_dir, "cpu")
+
+
+def test_resume_starts_a_run_that_is_not_there(run_train, run_dir):
+    started = run_train("E2", out="new", flags=["--resume"])
+    assert Run(started).finished and (started / "loss.jsonl").read_bytes() == (run_dir / "loss.jsonl").read_bytes()
+    assert "resumed" not in json.loads((started / "env.json").read_text())
+
+
+def test_a_resume_without_checkpoints_loses_no_logs(run_dir, run_train):
     shutil.rmtree(run_dir / "checkpoints")
     before = files(run_dir)
     with pytest.raises(UserError, match="step 12.*checkpoints"):
@@ -86,8 +118,7 @@ def test_a_resume_without_checkpoints_loses_no_logs(run_train):
     assert files(run_dir) == before
 
 
-def test_a_damaged_checkpoint_costs_some_steps_and_says_how_many(run_train, capsys):
-    run_dir = run_train("E2")
+def test_a_damaged_checkpoint_costs_some_steps_and_says_how_many(run_dir, run_train, capsys):
     expected = {p.name: p.read_bytes() for p in run_dir.glob("*.jsonl") if p.name != "timing.jsonl"}
     last = run_dir / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:-1])
@@ -98,9 +129,10 @@ def test_a_damaged_checkpoint_costs_some_steps_and_says_how_many(run_train, caps
     assert {name: (run_dir / name).read_bytes() for name in expected} == expected
 
 
-def test_find_and_read(run_train, tmp_path):
-    run_dir = run_train("E2")
-    run_train("E2", "train.total_steps=5", seed=3)
+def test_find_and_read(run_dir, tmp_path):
+    shutil.copytree(run_dir, run_dir.with_name("seed3"))
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir.with_name("seed3") / "config.json").write_text(json.dumps(config | {"seed": 3}))
     assert [run.seed for run in find_runs(tmp_path / "runs", "E2")] == [3, 1077]
     assert find_runs(tmp_path / "runs", "E1") == []
     run = Run(run_dir)
@@ -117,8 +149,7 @@ def test_find_and_read(run_train, tmp_path):
         find_runs(tmp_path / "nowhere", "E1")
 
 
-def test_weights_of_a_milestone(run_train):
-    run_dir = run_train("E2", "train.lr=1e-2")
+def test_weights_of_a_milestone(run_dir):
     early, last = load_run(run_dir, "cpu", 6), load_run(run_dir, "cpu")
     assert (early.step, last.step) == (6, 12) and not early.model.training and not early.ema.training
     for one, two in ((early.model, last.model), (early.ema, last.ema), (early.model, early.ema)):
@@ -127,10 +158,55 @@ def test_weights_of_a_milestone(run_train):
         load_run(run_dir, "cpu", 7)
 
 
-def test_env_tells_what_may_change_a_result(run_train, tmp_path):
-    run_dir = run_train("E2", "train.total_steps=6")
+def test_env_tells_what_may_change_a_result(run_dir, run_train):
     env = json.loads((run_dir / "env.json").read_text())
     assert {"git_commit", "git_dirty", "torch", "numpy", "device", "threads", "processes", "command"} <= env.keys()
-    assert train.main(["--exp", "E2", "--device", "cpu", "--out", str(tmp_path / "runs"), "--resume",
-                       *set_flags(*TINY, "train.total_steps=6")]) == 0
+    run_train("E2", flags=["--resume"])
     assert len(json.loads((run_dir / "env.json").read_text())["resumed"]) == 1
+
+
+# ---- paired differences ----
+
+def measured(path, seed, *lines):
+    """A run with these lines (step, kind, n, FID, KID), in which sample i pulls FID by i * FID and KID by -i * KID."""
+    path.mkdir()
+    config = load_config("E1", overrides=[f"seed={seed}"])
+    (path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for step, kind, n, fid, kid in lines:
+        record = {"step": step, "kind": kind, "sampler": "ddim", "nfe": 5, "n": n, "features": "inception",
+                  "reference": "shapes train, n = 9", "val/fid": fid, "val/kid": kid}
+        append_jsonl(path / "results.jsonl", record)
+        save_influence(path, record, {"val/fid": Estimate(fid, 0.0, np.arange(n) * fid),
+                                      "val/kid": Estimate(kid, 0.0, np.arange(n) * -kid)})
+    append_jsonl(path / "results.jsonl", {"step": 1, "kind": "milestone", "val/eps_mse_ema": 1.0})  # no distance
+    return path
+
+
+def test_paired_differences_against_their_formula(tmp_path):
+    a = measured(tmp_path / "a", 1, (2, "milestone", 4, 5.0, 1.0), (4, "milestone", 4, 4.0, 1.0),
+                 (4, "final", 6, 4.0, 2.0), (4, "frontier", 8, 9.0, 1.0))
+    b = measured(tmp_path / "b", 1, (8, "final", 6, 1.0, 2.5), (2, "milestone", 4, 7.0, 1.0),
+                 (6, "milestone", 4, 3.0, 1.0), (4, "frontier", 7, 9.0, 1.0))
+    milestone, final = paired_differences(a, b)
+    assert [(d["kind"], d["step_a"], d["step"], d["n"]) for d in (milestone, final)] == [
+        ("milestone", 2, 2, 4), ("final", 4, 8, 6)]
+    assert (milestone["val/fid"], final["val/fid"], final["val/kid"]) == (2.0, -3.0, 0.5)
+    for d, name, slope in ((milestone, "val/fid", 2.0), (milestone, "val/kid", 0.0), (final, "val/fid", 3.0),
+                           (final, "val/kid", 0.5)):
+        n = d["n"]  # the variance of 0, 1, ... n - 1 is n (n + 1) / 12
+        assert d[f"{name}_stderr"] == pytest.approx(slope * ((n + 1) / 12)**0.5)
+    assert paired_differences(a, measured(tmp_path / "c", 1)) == []
+
+
+def test_what_cannot_be_paired_is_refused(tmp_path):
+    line = (2, "milestone", 4, 5.0, 1.0)
+    a, b, other_seed = (measured(tmp_path / name, seed, line) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    with pytest.raises(UserError, match="seeds"):
+        paired_differences(a, other_seed)
+    influence = next((b / "influence").iterdir())
+    np.savez(influence, **{"val/fid": np.zeros(3), "val/kid": np.zeros(4)})
+    with pytest.raises(UserError, match="not 4 samples of val/fid"):
+        paired_differences(a, b)
+    influence.unlink()
+    with pytest.raises(UserError, match=influence.name):
+        paired_differences(a, b)
