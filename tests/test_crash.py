@@ -90,7 +90,7 @@ os.replace = lambda source, target: (reach(Path(target).name), replace(source, t
 """ for stage in ("next.pt.tmp", "next.pt", "previous.pt", "last.pt")}
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(24, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [6, pytest.param(24, marks=pytest.mark.long)])
 def test_kill_anywhere(server, tmp_path, kills):
     """Killed at random moments and inside checkpoint writes, again and again: the same run, to the last byte."""
     command = [f"train.total_steps={8 * kills}", "eval.every=50", "curvature.every=25"]  # more than they let pass

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPES
 from PIL import Image
 
 import data
@@ -53,7 +54,9 @@ def test_shapes():
     assert make_shapes(0).shape == (0, 3, 32, 32)
 
 
-def test_train_and_test_shapes_share_no_image():
+def test_train_and_test_shapes_share_no_image(monkeypatch):
+    for name, n in zip(("SHAPES_TRAIN", "SHAPES_TEST"), SHAPES, strict=True):
+        monkeypatch.setattr(data, name, n)
     train, test = load_images("shapes", "nowhere"), load_images("shapes", "nowhere", train=False)
     assert (len(train), len(test)) == (2048, 1024)
     assert len(torch.unique(torch.cat([train, test]).flatten(1), dim=0)) == 2048 + 1024

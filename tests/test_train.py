@@ -233,6 +233,7 @@ def test_missing_data_is_refused_before_anything_is_written(tmp_path, monkeypatc
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_the_real_experiment_on_real_images(cifar10_root, tmp_path):
     """A few steps of E8c as it stands: base 64 on CIFAR-10."""
     assert train.main(["--exp", "E8c", "--device", "cpu", "--data-root", str(cifar10_root), "--out", str(tmp_path),
