@@ -187,7 +187,7 @@ def _convert(value: object, hint: object) -> object:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{value!r} is not a list")
         return tuple(_convert(v, typing.get_args(hint)[0]) for v in value)
-    if hint is float and type(value) is int and abs(value) < 2**63:
+    if hint is float and type(value) is int and abs(value) <= 2**53:  # exact
         return float(value)
     if type(value) is not hint:  # type(), since True is an int to isinstance
         raise ValueError(f"{value!r} is not of type {hint.__name__}")
