@@ -80,14 +80,10 @@ def draw_batch(config: Config, step: int, T: int, images: Tensor) -> tuple[Tenso
     indices = batch_indices(config.seed, step, config.train.batch_size, len(images))
     t = torch.randint(T, indices.shape, generator=generator(config.seed, "t", step))
     eps = torch.randn(*indices.shape, *images.shape[1:], generator=generator(config.seed, "eps", step))
-    own = share(len(indices))
-    indices, t, eps = (to_device(x[own], images.device) for x in (indices, t, eps))
+    own, cuda = share(len(indices)), images.device.type == "cuda"
+    indices, t, eps = (x[own].pin_memory().to(images.device, non_blocking=True) if cuda else x[own]
+                       for x in (indices, t, eps))  # the host would wait for a copy from memory that is not pinned
     return to_model_range(images[indices]), t, eps
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; from pinned memory, because the host waits for a copy from any other."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -234,29 +230,29 @@ def dry_run(config: Config, device: torch.device) -> None:
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
     images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
 
-    def seconds(work, repeats: int = 3) -> float:
+    def seconds(work) -> float:
         times = []
-        for _ in range(repeats + 1):  # the first one warms up
+        for _ in range(4):  # the first one warms up
             start = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-        return sorted(times[1:])[repeats // 2]
+        return sorted(times[1:])[1]
 
     total, ev, n = config.train.total_steps, config.eval, min(20, config.grid.n)
     sampled = (total // ev.every * ev.n_samples + len(ev.final_samplers) * ev.final_n_samples) * (ev.features != "none")
     calls = ev.nfe * sampled + config.grid.nfe * config.grid.n * -(-total // config.grid.every)
     calls += 2 * ev.profile_images * len(evaluate.profile_timesteps(diffusion.T, ev.profile_t)) * -(-total // ev.every)
-    phases = [("training steps", total, seconds(lambda: train_step(config, state, diffusion, w, images), 7)),
+    phases = [("training steps", total, seconds(lambda: train_step(config, state, diffusion, w, images))),
               ("network calls on an image", calls, seconds(lambda: evaluate.sample_images(
                   state.ema, diffusion, n, "ddim", 1, 0)) / n)]
     if config.curvature.every:
-        probes = config.curvature.num_probes
-        phases.append(("curvature probes", total // config.curvature.every * probes, seconds(
-            lambda: evaluate.curvature_record(config, 0, state.model, diffusion, images), 1) / probes))
+        phases.append(("curvature records", total // config.curvature.every, seconds(
+            lambda: evaluate.curvature_record(config, 0, state.model, diffusion, images))))
+    phases.append(("all", 1, sum(count * each for _, count, each in phases)))
     print(f"\nestimate on {device}, {torch.get_num_threads()} threads, without the features of images:")
-    for name, count, each in [*phases, ("all", 1, sum(count * each for _, count, each in phases))]:
+    for name, count, each in phases:
         print(f"  {name:26s} {count:>12,} x {each:10.4f} s = {count * each / 60:8.1f} min")
 
 

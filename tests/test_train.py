@@ -215,7 +215,7 @@ def test_dry_run_and_list_write_nothing(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "loss.gamma = 5.0" in out and "parameters = " in out
     rows = re.findall(r"^  (\D+?) +([\d,]+) x +([\d.]+) s", out, flags=re.M)
-    assert [name for name, *_ in rows] == ["training steps", "network calls on an image", "curvature probes", "all"]
+    assert [name for name, *_ in rows] == ["training steps", "network calls on an image", "curvature records", "all"]
     counts, seconds = [int(row[1].replace(",", "")) for row in rows], [float(row[2]) for row in rows]
     # 2 milestones of 5,000 and a final of 10,000 samples at NFE 2, 2 grids of 4 at NFE 2, 2 profiles of 2 x 21 x 2
     assert counts[:2] == [12, 2 * 20_000 + 2 * 4 * 2 + 2 * 2 * 21 * 2]
