@@ -23,7 +23,7 @@ LAST, PREVIOUS, LOCK = "last.pt", "previous.pt", "lock"
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an OSError that does not: a full disk is met while writing to a file number."""
+    """Add the path to an OSError that lacks one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -32,7 +32,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names of a folder's files. Without this a rename may be lost when the power fails."""
+    """fsync a folder. Without this a rename may be lost when the power fails."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,9 +40,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write content to path so that a crash leaves the old file or the new one, never a part of one."""
-    temporary = path.with_name(path.name + ".tmp")
+def replace_file(path: Path, content: bytes, tag: str = "") -> None:
+    """Write content to path so that a crash leaves the old file or the new one, never a part of one.
+
+    tag: part of the temporary name, which must differ between processes that may write the same path.
+    """
+    temporary = path.with_name(f"{path.name}{tag}.tmp")
     with naming(path):
         try:
             with open(temporary, "wb") as file:
@@ -88,7 +91,7 @@ def load_file(path: Path, device="cpu") -> dict:
         state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:  # torch's, for a non-zip
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:  # of torch.load
         raise UserError(f"{path}: not a checkpoint ({next(iter(str(error).splitlines()), error)})") from None
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or type(state.get("step")) is not int:
         raise UserError(f"{path}: not a checkpoint of a run (it holds no step and config)")
@@ -96,7 +99,7 @@ def load_file(path: Path, device="cpu") -> dict:
 
 
 def load_checkpoint(folder: Path, device="cpu") -> dict:
-    """folder/last.pt, or previous.pt with a warning on stderr if that one is damaged. Raises UserError if both are."""
+    """folder/last.pt, or previous.pt with a warning if last.pt is damaged or missing. Raises UserError if both are."""
     try:
         return load_file(folder / LAST, device)
     except UserError as error:
@@ -120,8 +123,8 @@ def lock(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{run_dir}: in use by {file.read().strip() or 'another process'}; wait for it, stop it, "
-                            "or give another --out") from None
+            raise UserError(f"{run_dir}: in use by {file.read().strip() or 'another process'}; wait for it or stop "
+                            "it") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()

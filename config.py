@@ -2,7 +2,7 @@
 
 An experiment states only what it changes: its values are laid over those of the one it `extends`, and at the root
 over [defaults], which states every key. So this file holds types and ranges, and no default values. The names of
-weightings, schedules, samplers and feature networks are the keys of the tables that hold them.
+weightings, schedules, samplers and feature networks are the keys of WEIGHTINGS, BETAS, SAMPLERS and FEATURES.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ class Range:
 
     def check(self, x: float) -> None:
         if not self.low <= x <= self.high or x in (math.inf, self.low if self.open else None):
-            raise ValueError(f"{x} is out of range, must be {'>' if self.open else '>='} {self.low} and <= {self.high}")
+            raise ValueError(f"{x} is out of range, must be {'>' if self.open else '>='} {self.low}"
+                             + (f" and <= {self.high}" if self.high < math.inf else " and finite"))
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,8 @@ def _conflicts(v: dict[str, object]):
         yield "model.channel_mults", f"{len(resolutions)} levels; 32x32 images allow 1 to 6"
     if not {*v["model.attn_resolutions"]} <= {*resolutions}:
         yield "model.attn_resolutions", f"{v['model.attn_resolutions']} are not all among {resolutions}"
-    if not v["eval.final_samplers"]:
-        yield "eval.final_samplers", "names no sampler"
+    if len({*v["eval.final_samplers"]}) != max(1, len(v["eval.final_samplers"])):
+        yield "eval.final_samplers", "must name at least one sampler, and each once"
     for key in ("grid.nfe", "eval.nfe"):
         if v[key] > v["diffusion.num_timesteps"]:
             yield key, f"{v[key]} exceeds diffusion.num_timesteps = {v['diffusion.num_timesteps']}"
@@ -243,7 +244,7 @@ TABLES = ("defaults", "experiments", "profiles", "figures", "comparisons")
 
 
 def _read(path: str | Path) -> tuple[dict[str, dict], str]:
-    """The file's tables, each there even if empty, and the file's name. Raises ConfigError."""
+    """The file's tables ({} for one that is missing) and the file's name. Raises ConfigError."""
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -254,8 +255,8 @@ def _read(path: str | Path) -> tuple[dict[str, dict], str]:
     for name, table in tables.items():
         if name not in TABLES:
             raise ConfigError(f"{path.name}: unknown table {name}{nearest(name, TABLES)}")
-        inner = table.values() if isinstance(table, dict) else [None]
-        if name != "defaults" and not all(isinstance(content, dict) for content in inner):
+        inner = table.values() if isinstance(table, dict) and name != "defaults" else [table]
+        if not all(isinstance(content, dict) for content in inner):
             raise ConfigError(f"{path.name}: {name}: must hold tables only")
     return {name: tables.get(name, {}) for name in TABLES}, path.name
 
@@ -287,8 +288,8 @@ def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[st
     """The resolved config of experiment `exp`, with overrides such as "train.total_steps=300" laid over it.
 
     An override's value is read as TOML, and as a plain string if it is not TOML. profile: a table of [profiles], laid
-    over the experiment before the overrides; its own tables named after experiments hold what is for these and those
-    that extend them. Raises ConfigError.
+    over the experiment before the overrides; its sub-table E applies to experiment E and those that extend it only.
+    Raises ConfigError.
     """
     tables, file = _read(path)
     experiments, chain = tables["experiments"], []
@@ -312,8 +313,9 @@ def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[st
     raw = {key: (value, who) for who, layer in layers for key, value in _flatten(layer).items()}
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
-        if not equals or key not in SETTABLE:
-            raise ConfigError(f"{file}: --set {override}: must read KEY=VALUE{nearest(key, SETTABLE)}")
+        _known(key, SETTABLE, f"{file}: --set {override}")
+        if not equals:
+            raise ConfigError(f"{file}: --set {override}: must read KEY=VALUE")
         try:
             table = tomllib.loads(f"value = {text}")
         except (ValueError, RecursionError):

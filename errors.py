@@ -35,7 +35,7 @@ def run_script(main: Callable[[], int]) -> None:
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # under torchrun, say it once
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a UserError: once, by rank 0
             print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

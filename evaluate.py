@@ -1,7 +1,7 @@
 """What is measured on a model: called by train.py during training, and a command on a run.
 
     python evaluate.py runs/E8c/seed1077                             per-t profile of its last checkpoint
-    python evaluate.py runs/E8c/seed1077 --step 4000                 the same of a milestone; so for all below
+    python evaluate.py runs/E8c/seed1077 --step 4000                 of a milestone; so for the next three commands
     python evaluate.py runs/E8c/seed1077 --distance --n 1000         distances of fresh samples to the training images
     python evaluate.py runs/E8c/seed1077 --frontier 10,20,50 --n 500 distances over NFE, appended to its results.jsonl
     python evaluate.py runs/E6/seed1077 --curvature                  Hessian traces
@@ -38,7 +38,7 @@ from runs import append_jsonl, load_run, paired_differences, read_json, read_jso
 from weighting import loss_weights
 
 CHUNK = 100           # samples that share one stream of noise
-CPU_BATCH = 20        # examples whose activations fit a CPU's caches: at base 64, 1.3 times the speed of 100
+CPU_BATCH = 20        # examples whose activations fit a CPU's caches: at base 64, 1.3 times faster than 100
 T_BINS = 8            # of the Hessian trace, over [0, T)
 SAMPLE = 10_000       # training images whose features are kept, as KID's reference
 
@@ -47,7 +47,7 @@ SAMPLE = 10_000       # training images whose features are kept, as KID's refere
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module's mode as before outside."""
+    """Dropout is off inside; on exit each module has its mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -129,8 +129,8 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
     """One line of curvature.jsonl: Hutchinson traces of the run's loss and of the unweighted loss, dropout off, fp32.
 
     Probe j has its own images, t, eps and v, which depend on j alone: they are the same at every step, in every arm and
-    for every seed. The t of a probe's examples spread over [0, T): all P * B of them fill as many strata. Both traces
-    weigh the same quadratic forms v^T H_i v, which tells a flatter loss from a smaller weight. t_bins holds the mean
+    for every seed. [0, T) is cut into P * B equal strata, and one t is drawn from each. Both traces weigh the same
+    quadratic forms v^T H_i v, so that together they tell a flatter loss from a smaller weight. t_bins holds the mean
     unweighted trace in each of 8 equal ranges of t.
     """
     P, B, T, device = config.curvature.num_probes, config.train.batch_size, diffusion.T, images.device
@@ -236,7 +236,7 @@ class Distances:
                     context[f"{name}_{kind}"] = found[name].value if known else None
             if first():
                 self.root.mkdir(parents=True, exist_ok=True)
-                replace_file(self.context_path, json.dumps(cache, indent=2).encode())
+                replace_file(self.context_path, json.dumps(cache, indent=2).encode(), tag=str(os.getpid()))
         return cache[str(n)]
 
     def measure(self, features: np.ndarray) -> tuple[dict, dict[str, Estimate]]:
@@ -269,7 +269,7 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
         append("curvature.jsonl", curvature_record(config, step, model, diffusion, images))
     if step % config.grid.every == 0 or last:
         path = run_dir / "grids" / f"step_{step:06d}_{config.grid.sampler}{config.grid.nfe}.png"
-        if not from_first(path.exists):  # from the same noise at every step: one picture is seen forming
+        if not from_first(path.exists):  # the same noise at every step, so that grids compare
             samples = sample_images(ema, diffusion, config.grid.n, config.grid.sampler, config.grid.nfe, config.seed)
             if first():
                 path.parent.mkdir(exist_ok=True)
@@ -292,7 +292,7 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
     longest = {sampler: max(n for _, other, n in due if other == sampler) for _, sampler, _ in due}
     features = {}
     for kind, sampler, n in due:
-        drawn = longest[sampler] if n % CHUNK == 0 else n  # whole chunks are the same however many follow
+        drawn = longest[sampler] if n % CHUNK == 0 else n  # the first n do not depend on how many follow
         if (sampler, drawn) not in features:
             samples = sample_images(ema, diffusion, drawn, sampler, ev.nfe, config.seed, progress="samples")
             features[sampler, drawn] = extract_shared(distances.network, samples, progress="features")
@@ -321,14 +321,17 @@ def frontier(config: Config, step: int, ema: UNet, diffusion: Diffusion, distanc
         print(json.dumps(record), flush=True)
 
 
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # an error is one line
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--distance", action="store_true", help="sample from the EMA weights and measure")
-    what.add_argument("--frontier", type=lambda text: [int(part) for part in text.split(",")], metavar="NFE,NFE",
-                      help="distances at each NFE, appended to the run")
+    what.add_argument("--frontier", type=integers, metavar="NFE,NFE", help="distances at each NFE, appended to the run")
     what.add_argument("--curvature", action="store_true", help="Hessian traces at the raw weights")
     what.add_argument("--against", type=Path, metavar="RUN_DIR", help="another run of the same seed")
     what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
@@ -387,6 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     n, sampler = args.n or ev.n_samples, args.sampler or ev.sampler
     nfe = ev.nfe if args.nfe is None else args.nfe
     seed = config.seed if args.seed is None else args.seed
+    if args.weights and features != "inception":
+        raise UserError(f"--weights are Inception's; {features} has its own")
     for each in args.frontier or [nfe]:
         if not 1 <= each <= diffusion.T:
             raise UserError(f"NFE {each}: must be from 1 to T = {diffusion.T}")

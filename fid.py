@@ -356,7 +356,7 @@ def stats_of(path: Path, network: nn.Module) -> FeatureStats:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # an error is one line
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("a", type=Path, help="folder of images, npz of uint8 images, or npz of statistics")
     parser.add_argument("b", type=Path, help="the same; with --save-stats, the npz to write")
     parser.add_argument("--features", choices=FEATURES, default="inception")

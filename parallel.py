@@ -1,8 +1,8 @@
 """One process, or several under torchrun: which one this is, and what they tell each other.
 
 Every process runs the same program in step. Random draws are made for the whole batch and cut by process, independent
-pieces are shared out by map_shared, and process 0 alone reads and writes the run directory. With one process every
-function here is the identity.
+pieces are shared out by map_shared, and process 0 alone reads and writes the run directory. With one process nothing
+is communicated.
 """
 
 import os
@@ -40,7 +40,7 @@ def first() -> bool:
 def check_device(name: str) -> torch.device:
     """The device of that name; under torchrun, "cuda" is the GPU with this process's number. Raises UserError.
 
-    On CUDA it also makes convolutions repeatable and fp32 mean fp32: lower precision is what train.amp is for.
+    On CUDA it also makes convolutions deterministic and turns TF32 off.
     """
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -51,7 +51,7 @@ def check_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("must be cpu, cuda or cuda:N")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 
@@ -125,7 +125,7 @@ def in_turn(value: Callable[[], X]) -> X:
 
 
 def map_shared(function: Callable[[int], X], count: int, progress: str | None = None) -> list[X]:
-    """[function(0), ..., function(count - 1)], of which each process calls every world()-th.
+    """[function(0), ..., function(count - 1)]; the processes take turns at calling it.
 
     The pieces are the same however many processes share them. progress: label of a bar, or None for no bar.
     """

@@ -303,7 +303,7 @@ def save(fig: Figure, out: Path, name: str) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     tables = load_tables("figures")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # an error is one line
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of experiments.toml: {', '.join(tables)}")
     parser.add_argument("--all", action="store_true", help="every figure whose runs are there; the others are listed")
     parser.add_argument("--kind", action="append", default=[], choices=FIGURES, help="with --exps")

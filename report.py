@@ -228,7 +228,7 @@ def compare(pairs: list[tuple[Run, Run]], notes: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # an error is one line
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("names", nargs="+", metavar="NAME", help="a comparison, or two experiments: baseline and arm")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with RUNS/EXP/seedSEED; default runs")
     parser.add_argument("--out", type=Path, help="folder to write to; default RUNS/reports/NAME")

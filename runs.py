@@ -35,7 +35,7 @@ LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing
 # ---- logs ----
 
 def append_jsonl(path: Path, record: dict) -> None:
-    """Append one line and flush it to disk, replacing what a crash has left of an unfinished one.
+    """Append one line and flush it to disk. A partial last line, as a crash leaves it, is removed first.
 
     Raises FloatingPointError for NaN and infinity, which JSON does not have.
     """
@@ -114,17 +114,18 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
 
 
 def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> dict | None:
-    """Make run_dir ready, whose lock is held; return the checkpoint to resume from, or None for step 0.
+    """Prepare run_dir, whose lock the caller holds; return the checkpoint to resume from, or None for step 0.
 
     Raises UserError, before anything is changed, if the run cannot be resumed with this config.
     """
     resume = resume and (run_dir / "config.json").exists()
     saved, env = resumable(config, run_dir) if resume else None, environment(device)
+    (run_dir / "done.json").unlink(missing_ok=True)  # training writes it again
     if resume:
         cut_logs(config, run_dir, saved["step"] if saved else 0)
         started = read_json(run_dir / "env.json") if (run_dir / "env.json").exists() else env
         env = {**started, "resumed": [*started.get("resumed", []), env]}
-    else:  # config.json goes last: as long as it is there, this is a run that --overwrite may delete
+    else:  # config.json is deleted last: until then this is a run, which --overwrite may delete
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.json"):
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -134,7 +135,7 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> 
 
 
 def resumable(config: Config, run_dir: Path) -> dict | None:
-    """The checkpoint to resume from, on the CPU; None if the run ended before its first. Raises UserError."""
+    """The checkpoint to resume from, on the CPU; None if the run ended before its first checkpoint."""
     started, saved = Run(run_dir).config, None
     reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
     if any((run_dir / "checkpoints").glob("*.pt")):
@@ -165,7 +166,7 @@ def cut_logs(config: Config, run_dir: Path, step: int) -> None:
 # ---- find and read ----
 
 class Run:
-    """A run directory, read and never written. Raises UserError if `path` is none."""
+    """A run directory, read and never written. Raises UserError if `path` is not one."""
 
     def __init__(self, path: Path):
         if not (path / "config.json").exists():
@@ -269,7 +270,7 @@ def paired_stderr(influence_b: np.ndarray, influence_a: np.ndarray) -> float:
 def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     """b minus a for every distance that both runs have measured in the same way, with the error of the difference.
 
-    The same way: kind, sampler, nfe, n, features, reference, and step (of final lines, each run's own last). Runs of
+    The same way: kind, sampler, nfe, n, features, reference and step; final lines match whatever their step. Runs of
     one seed start sample i from the same x_T, so their errors are correlated, and the error of the difference comes
     from the paired influences. [] if they share no distance. Raises UserError if the seeds differ.
     """

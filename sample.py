@@ -50,7 +50,7 @@ def trajectories(model: UNet, diffusion: Diffusion, n: int, *args, **kwargs) -> 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # an error is one line
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("run_dir", type=Path, help="such as runs/E8c/seed1077")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")

@@ -48,10 +48,10 @@ class State:
     """All that training changes; a checkpoint holds it, and a run resumed from it is the same to the last bit."""
     step: int                        # updates done
     model: UNet
-    network: nn.Module               # the model as training calls it: shared by several processes, if there are several
+    network: nn.Module               # the model, wrapped in DistributedDataParallel if there are several processes
     ema: UNet                        # exponential moving average of the model's weights, in eval mode
     optimizer: torch.optim.Adam
-    sums: Tensor                     # float64 (4,): of loss, eps_mse, grad_norm and 1 over the steps since the last log
+    sums: Tensor                     # float64 (4,), since the last log line: loss, eps_mse, grad_norm, number of steps
 
     def state_dict(self) -> dict:
         return {"step": self.step, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
@@ -82,7 +82,7 @@ def draw_batch(config: Config, step: int, T: int, images: Tensor) -> tuple[Tenso
     eps = torch.randn(*indices.shape, *images.shape[1:], generator=generator(config.seed, "eps", step))
     own, cuda = share(len(indices)), images.device.type == "cuda"
     indices, t, eps = (x[own].pin_memory().to(images.device, non_blocking=True) if cuda else x[own]
-                       for x in (indices, t, eps))  # the host would wait for a copy from memory that is not pinned
+                       for x in (indices, t, eps))  # a copy from memory that is not pinned would block the host
     return to_model_range(images[indices]), t, eps
 
 
@@ -122,8 +122,8 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
 def check_finite(state: State) -> None:
     """Raise FloatingPointError if a loss or gradient since the last log line, or a weight, is not finite."""
     if not (state.sums.isfinite().all() and all(p.isfinite().all() for p in state.model.parameters())):
-        raise FloatingPointError(f"step {state.step}: loss, gradient or weights are not finite, at this step or at one "
-                                 f"since the last log line ({int(state.sums[3])} steps)")
+        raise FloatingPointError(f"step {state.step}: loss, gradient or weights are not finite, at this step or in the "
+                                 f"{int(state.sums[3])} steps since the last log line")
 
 
 def log_record(state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, Tensor]) -> dict:
@@ -163,9 +163,9 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
           distances: evaluate.Distances | None, saved: dict | None) -> int:
     """Train from `saved` (a checkpoint's content, or None for step 0) to the end; return the signal that stopped it.
 
-    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. A milestone is measured
-    after its checkpoint is written, so a run that ends within it loses nothing: resumed, it measures what is missing.
-    Raises FloatingPointError if something is not finite, before anything of it is written.
+    images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. The checkpoint
+    of a milestone is written before it is measured. A run that ends while it measures resumes with the rest.
+    Raises FloatingPointError before anything that is not finite is written.
     """
     state, diffusion = new_state(config, device)
     if saved is not None:
@@ -187,10 +187,10 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
         evaluate.measure(config, run_dir, state.step, state.model, state.ema, diffusion, images, held_out, distances)
         seconds["seconds/measure"] += time.perf_counter() - start
 
-    if state.step:  # what a stopped run still owes at its checkpoint
-        measure()
     with stop_requests() as asked, tqdm(total=total, initial=state.step, desc=config.exp,
                                         disable=None if first() else True) as progress:
+        if state.step:
+            measure()  # what the last run did not finish
         while state.step < total:
             start = time.perf_counter()
             batch = train_step(config, state, diffusion, w, images)
@@ -207,11 +207,11 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                 save(last_path(run_dir), state.state_dict())
             if done or any(n and step % n == 0 for n in (every, config.grid.every, config.curvature.every)):
                 measure()
-            if first() and (logs or done):
+            # Several processes must stop at one step. Asking each other takes time, so they do it at log lines only.
+            stop = [n for part in gathered(asked) for n in part] if logs or world() == 1 else []
+            if first() and (logs or done or stop):
                 append_jsonl(run_dir / "timing.jsonl", {"step": step, **seconds})
                 seconds.clear()
-            # Several processes must stop at one step. Asking each other takes time, so they do it at log lines only.
-            stop = asked if world() == 1 else [n for part in gathered(asked) for n in part] if logs else []
             if stop and not done:
                 save(last_path(run_dir), state.state_dict())
                 return stop[0]
@@ -251,14 +251,14 @@ def dry_run(config: Config, device: torch.device) -> None:
         phases.append(("curvature records", total // config.curvature.every, seconds(
             lambda: evaluate.curvature_record(config, 0, state.model, diffusion, images))))
     phases.append(("all", 1, sum(count * each for _, count, each in phases)))
-    print(f"\nestimate on {device}, {torch.get_num_threads()} threads, without the features of images:")
+    print(f"\nestimate on {device}, {torch.get_num_threads()} threads, without feature extraction:")
     for name, count, each in phases:
         print(f"  {name:26s} {count:>12,} x {each:10.4f} s = {count * each / 60:8.1f} min")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # an error is one line
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--exp", help="an experiment of experiments.toml, such as E8c")
     what.add_argument("--list", action="store_true", help="print the experiments and exit")
@@ -272,11 +272,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="start the run, or continue from its last checkpoint")
     begin.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same place")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     if args.list:
         for name in list_experiments():
             print(f"{name:6s} {load_config(name).title}")
@@ -317,8 +313,8 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
             number = train(config, run_dir, device, images, test[:ev.profile_images], distances, from_first(begin))
         except FloatingPointError as error:
             if first():
-                print(f"train.py: error: {error}. The last checkpoint is good. A resume repeats every step: to find "
-                      f"the first bad one: {again} --set log.every=1", file=sys.stderr)
+                print(f"train.py: error: {error}. Nothing of it was saved. To find the first bad step: {again} --set "
+                      "log.every=1", file=sys.stderr)
             return 1
         except OSError as error:
             raise UserError(f"{error}; resume with: {again}") from error

@@ -91,7 +91,8 @@ GOOD = (ROOT / "experiments.toml").read_text()
 
 BAD_OVERRIDES = [  # one of each kind of fault, and the facts that the line must carry
     ("train.totl_steps=3", ["train.totl_steps", "train.total_steps"]), ("exp=E1", ["exp"]), ("title=x", ["title"]),
-    ("train.lr", ["KEY=VALUE"]), ("loss.gamma=0", ["loss.gamma", "0.0", "> 0"]), ("loss.gamma=nan", ["nan"]),
+    ("train.lr", ["KEY=VALUE"]), ("eval.final_samplers=['ddpm','ddpm']", ["once"]),
+    ("loss.gamma=0", ["loss.gamma", "0.0", "> 0"]), ("loss.gamma=nan", ["nan"]),
     ("loss.gamma=inf", ["loss.gamma", "inf"]), ("loss.gamma=5x", ["loss.gamma", "'5x'", "float"]),
     ("loss.weighting=min_snr", ["'min_snr'", "minsnr"]), ("diffusion.beta_schedule=cosin", ["cosine"]),
     ("grid.sampler=ddpm2", ["'ddpm2'", "ddpm"]), ("eval.features=lite", ["'lite'", "lite0"]),
@@ -125,7 +126,8 @@ BAD_FILES = [
     (GOOD.replace("\n[defaults]", "\n[default]", 1), "E1", ["default", "defaults"]),
     (GOOD.replace("seed = 1077", "seed = "), "E1", ["line "]),
     (GOOD + '\n[experiments.E99]\nextends = "E1"\ntitle = "t"\n', "E99", ["question is missing"]),
-    ("experiments = 5", "E1", ["experiments"]), ("experiments.E1 = 5", "E1", ["experiments"]), ("", "E1", ["'E1'"]),
+    ("experiments = 5", "E1", ["experiments"]),
+    ("defaults = 3", "E1", ["defaults"]), ("experiments.E1 = 5", "E1", ["experiments"]), ("", "E1", ["'E1'"]),
     ("x = " + "[" * 3000, "E1", ["mine.toml"]),
 ]
 

@@ -210,3 +210,17 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     influence.unlink()
     with pytest.raises(UserError, match=influence.name):
         paired_differences(a, b)
+
+
+def test_a_run_that_repeats_its_last_steps_is_not_finished(run_train, monkeypatch):
+    run_dir = run_train("E2")
+    (run_dir / "checkpoints" / "last.pt").unlink()  # of step 12; previous.pt is of step 10
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.train_step", killed)
+        run_train("E2", flags=["--resume"])
+    assert not Run(run_dir).finished
+    assert Run(run_train("E2", flags=["--resume"])).finished
