@@ -5,7 +5,6 @@
     python evaluate.py runs/E8c/seed1077 --distance --n 1000         distances of fresh samples to the training images
     python evaluate.py runs/E8c/seed1077 --frontier 10,20,50 --n 500 distances over NFE, appended to its results.jsonl
     python evaluate.py runs/E6/seed1077 --curvature                  Hessian traces
-    python evaluate.py runs/E6/seed1077 --against runs/E5/seed1077   paired differences of what both have measured
     python evaluate.py --stats cifar10 --n 5000                      reference statistics, floor and ceiling
 """
 
@@ -34,7 +33,7 @@ from fid import FEATURES, METRICS, Estimate, FeatureStats, extract, feature_netw
 from model import UNet
 from parallel import DEVICE, check_device, first, from_first, map_shared
 from rng import generator
-from runs import append_jsonl, load_run, paired_differences, read_json, read_jsonl, save_influence
+from runs import append_jsonl, load_run, read_json, read_jsonl, save_influence
 from weighting import loss_weights
 
 CHUNK = 100           # samples that share one stream of noise
@@ -333,7 +332,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--distance", action="store_true", help="sample from the EMA weights and measure")
     what.add_argument("--frontier", type=integers, metavar="NFE,NFE", help="distances at each NFE, appended to the run")
     what.add_argument("--curvature", action="store_true", help="Hessian traces at the raw weights")
-    what.add_argument("--against", type=Path, metavar="RUN_DIR", help="another run of the same seed")
     what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
     parser.add_argument("--step", type=int, help="a milestone of the run; its last checkpoint by default")
     parser.add_argument("--seed", type=int, help="of the samples of --distance; the run's by default")
@@ -350,8 +348,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give either RUN_DIR or --stats")
     measures = bool(args.stats or args.distance or args.frontier)
     reads = {"features": measures, "weights": measures, "n": measures, "stats_root": measures, "nfe": args.distance,
-             "seed": args.distance, "sampler": args.distance or args.frontier, "data_root": not args.against,
-             "step": not (args.stats or args.against)}
+             "seed": args.distance, "sampler": args.distance or args.frontier, "step": not args.stats}
     for name, read in reads.items():
         if getattr(args, name) is not None and not read:
             parser.error(f"--{name.replace('_', '-')} has no effect here; see the examples of --help")
@@ -362,12 +359,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.against:
-        differences = paired_differences(args.against, args.run_dir)
-        if not differences:
-            raise UserError(f"{args.run_dir} and {args.against}: no distance that both have measured in the same way")
-        print(*map(json.dumps, differences), sep="\n")
-        return 0
     device = check_device(args.device)
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
