@@ -3,9 +3,9 @@
 Images at rest are uint8 (N, 3, 32, 32) in RGB. The model sees float32 in [-1, 1].
 """
 
-import contextlib
 import io
 import math
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from errors import UserError
 from rng import generator
 
 SHAPES_TRAIN, SHAPES_TEST = 2048, 1024
+CHUNK = 512  # shapes that share one stream of random numbers
 
 
 def to_model_range(x_uint8: Tensor) -> Tensor:
@@ -30,58 +31,42 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def grid_png(x_uint8: Tensor, scale: int = 2, cols: int | None = None) -> bytes:
-    """uint8 (N, 3, H, W) as one PNG of `cols` columns, by default as near to square as N allows; black between.
-
-    Each pixel becomes `scale` wide.
-    """
+    """uint8 (N, 3, H, W) as one PNG of `cols` columns (default: about square), each pixel `scale` wide and high."""
     n, _, h, w = x_uint8.shape
     cols = cols or math.ceil(math.sqrt(n))
-    canvas = torch.zeros(3, math.ceil(n / cols) * (h + 1) + 1, cols * (w + 1) + 1, dtype=torch.uint8)
-    for i, image in enumerate(x_uint8.cpu()):
-        top, left = i // cols * (h + 1) + 1, i % cols * (w + 1) + 1
-        canvas[:, top:top + h, left:left + w] = image
-    pixels = canvas.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # (H, W, 3)
+    grid = Image.new("RGB", (cols * (w + 1) + 1, math.ceil(n / cols) * (h + 1) + 1))
+    for i, image in enumerate(x_uint8.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
+        grid.paste(Image.fromarray(image), (i % cols * (w + 1) + 1, i // cols * (h + 1) + 1))
     png = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(png, format="png")
+    grid.resize((scale * grid.width, scale * grid.height), Image.Resampling.NEAREST).save(png, format="png")
     return png.getvalue()
 
 
 def load_images(name: str, root: str | Path, train: bool = True) -> Tensor:
     """uint8 (N, 3, 32, 32). name: "cifar10" (50,000 train, 10,000 test images) or "shapes" (2,048 and 1,024).
 
-    root is where CIFAR-10 lies or is downloaded to; `shapes` is generated and reads no file.
-    Raises UserError if CIFAR-10 is damaged, or missing and out of reach, and ValueError for another name.
+    CIFAR-10 is read from root/cifar-10-batches-py, or else downloaded there. `shapes` is generated and reads no file.
+    Raises UserError if CIFAR-10 is damaged or cannot be downloaded, and ValueError for another name.
     """
     if name == "shapes":
         return make_shapes(SHAPES_TRAIN if train else SHAPES_TEST, "train" if train else "test")
-    if name == "cifar10":
-        return load_cifar10(Path(root), train)
-    raise ValueError(f"data {name!r}: must be 'cifar10' or 'shapes'")
+    if name != "cifar10":
+        raise ValueError(f"data {name!r}: must be 'cifar10' or 'shapes'")
+    from torchvision.datasets import CIFAR10, utils  # here, since it costs a second that `shapes` need not pay
 
-
-def load_cifar10(root: Path, train: bool) -> Tensor:
-    """CIFAR-10 in its own order. Looked for in root/cifar-10-batches-py, else downloaded there by torchvision."""
-    from torchvision.datasets import CIFAR10  # here, since it costs a second that `shapes` need not pay
-    from torchvision.datasets.utils import check_integrity
-
-    folder = root / CIFAR10.base_folder
-    ways_out = (f"give --data-root DIR with the folder DIR/{CIFAR10.base_folder}, put {CIFAR10.filename} into {root}, "
-                "or try without data: --exp smoke")
-    if folder.exists() or (root / CIFAR10.train_list[0][0]).exists():
+    root, folder = Path(root), Path(root, CIFAR10.base_folder)
+    advice = f"give --data-root DIR with DIR/{folder.name}, put {CIFAR10.filename} into {root}, or run --exp smoke"
+    if folder.exists() or (root / CIFAR10.train_list[0][0]).exists():  # the latter: root is the folder of batches
         for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
-            if not check_integrity(str(folder / file), md5):
-                raise UserError(f"cifar10: {folder / file} is missing, unreadable or has the wrong md5; {ways_out}")
-        dataset = CIFAR10(root, train=train, download=False)
-    else:
-        made = [path for path in (root, *root.parents) if not path.exists()]
-        try:
-            dataset = CIFAR10(root, train=train, download=True)
-        except (OSError, RuntimeError) as error:  # no network, no permission, full disk; a broken archive
-            with contextlib.suppress(OSError):  # not empty, or never made
-                for path in made:
-                    path.rmdir()
-            raise UserError(f"cifar10: no {folder}, and the download of {CIFAR10.url} failed ({error}); "
-                            f"{ways_out}") from error
+            if not utils.check_integrity(str(folder / file), md5):
+                raise UserError(f"cifar10: {folder / file} is missing, unreadable or has the wrong md5; {advice}")
+    new = not root.exists()
+    try:
+        dataset = CIFAR10(root, train=train, download=not folder.exists())
+    except (OSError, RuntimeError) as error:  # no network, no permission, full disk; a broken archive
+        if new:
+            shutil.rmtree(root, ignore_errors=True)
+        raise UserError(f"cifar10: the download of {CIFAR10.url} to {root} failed ({error}); {advice}") from error
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
 
 
@@ -93,8 +78,7 @@ def _permutation(seed: int, epoch: int, n: int) -> Tensor:
 def batch_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     """int64 (batch_size,): which of n images step `step` (from 0) trains on. A pure function of its arguments.
 
-    The steps read an endless concatenation of shuffled epochs from left to right, so that each run of n positions
-    that makes up an epoch holds every image once; a batch may straddle two epochs.
+    The steps read shuffled epochs one after the other. An epoch holds every image once; a batch may straddle two.
     """
     parts, start, end = [], step * batch_size, (step + 1) * batch_size
     while start < end:
@@ -104,25 +88,20 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
     return torch.cat(parts)
 
 
-# ---- shapes: something to learn within a minute, with no file and no network ----
-
 def make_shapes(n: int, split: str = "train") -> Tensor:
-    """n generated images, uint8 (n, 3, 32, 32): one shaded object before a smooth two-coloured background.
+    """n generated images, uint8 (n, 3, 32, 32): something to learn within a minute, with no file and no network.
 
-    Object: disc, square, triangle, ring or cross, in any saturated hue, size, place and rotation, lit from the upper
-    left. Edges are anti-aliased. The same images for the same split, and a longer set begins with the shorter one.
+    Each shows a disc, square, triangle, ring or cross, lit from the upper left, on a smooth two-coloured background.
+    A split's images are always the same, and a longer set begins with the shorter one.
     """
     chunks = [_shapes_chunk(generator(0, f"shapes/{split}", i)) for i in range(math.ceil(n / CHUNK))]
     return torch.cat(chunks)[:n] if chunks else torch.empty(0, 3, 32, 32, dtype=torch.uint8)
 
 
-CHUNK = 512
-
-
 def _shapes_chunk(rng: torch.Generator) -> Tensor:
     """uint8 (CHUNK, 3, 32, 32)."""
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(CHUNK, *(shape or (1, 1)), generator=rng)  # (CHUNK, 1, 1)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(CHUNK, 1, 1, generator=rng)
 
     axis = (torch.arange(32) + 0.5) / 16 - 1  # pixel centres in [-1, 1]
     y, x = torch.meshgrid(axis, axis, indexing="ij")  # each (32, 32), y downwards
