@@ -14,8 +14,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property, partial
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -42,8 +42,6 @@ T_BINS = 8            # of the Hessian trace, over [0, T)
 SAMPLE = 10_000       # training images whose features are kept, as KID's reference
 
 
-# ---- samples and features ----
-
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Dropout is off inside; on exit each module has its mode back."""
@@ -56,14 +54,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def in_batches(model: UNet) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model, called on CPU_BATCH examples at a time if it is on a CPU."""
-    if next(model.parameters()).device.type != "cpu":
-        return model
-    return lambda x_t, t: torch.cat([model(*part) for part in zip(x_t.split(CPU_BATCH), t.split(CPU_BATCH),
-                                                                  strict=True)])
-
-
 def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: int, seed: int,
                   progress: str | None = None, **options) -> Tensor:
     """n samples, uint8 (n, 3, 32, 32) on the CPU, drawn in chunks whose noise depends only on (seed, chunk).
@@ -73,11 +63,15 @@ def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: 
     """
     device = next(model.parameters()).device
     shape = (model.image_channels, model.image_size, model.image_size)
+    batch = CPU_BATCH if device.type == "cpu" else CHUNK
+
+    def in_batches(x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([model(*part) for part in zip(x_t.split(batch), t.split(batch), strict=True)])
 
     def chunk(i: int) -> Tensor:
         x_T = torch.randn(min(CHUNK, n - i * CHUNK), *shape, generator=generator(seed, "x_T", i)).to(device)
         noise = generator(seed, "sampler_noise", i)
-        return to_uint8(SAMPLERS[sampler](in_batches(model), diffusion, x_T, nfe, generator=noise, **options)).cpu()
+        return to_uint8(SAMPLERS[sampler](in_batches, diffusion, x_T, nfe, generator=noise, **options)).cpu()
 
     with eval_mode(model):
         return torch.cat(map_shared(chunk, math.ceil(n / CHUNK), progress))
@@ -99,9 +93,9 @@ def profile_timesteps(T: int, kind: str) -> list[int]:
 
 @torch.no_grad()
 def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor, ts: list[int]) -> list[float]:
-    """The mean unweighted eps-MSE over held-out images uint8 (N, 3, 32, 32) at each t of ts.
+    """The mean unweighted eps-MSE over held-out images uint8 (N, 3, 32, 32) at each t of ts, dropout off.
 
-    Images and eps are the same for every model, step, arm and seed, and dropout is off.
+    Images and eps are the same for every model, step, arm and seed.
     """
     device = next(model.parameters()).device
 
@@ -127,10 +121,9 @@ def profile_record(config: Config, step: int, model: UNet, ema: UNet, diffusion:
 def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusion, images: Tensor) -> dict:
     """One line of curvature.jsonl: Hutchinson traces of the run's loss and of the unweighted loss, dropout off, fp32.
 
-    Probe j has its own images, t, eps and v, which depend on j alone: they are the same at every step, in every arm and
-    for every seed. [0, T) is cut into P * B equal strata, and one t is drawn from each. Both traces weigh the same
-    quadratic forms v^T H_i v, so that together they tell a flatter loss from a smaller weight. t_bins holds the mean
-    unweighted trace in each of 8 equal ranges of t.
+    Probe j has its own images, t, eps and v, the same at every step, in every arm and for every seed. [0, T) is cut
+    into P * B equal strata, and one t is drawn from each. Both traces weigh the same quadratic forms v^T H_i v, which
+    tells a flatter loss from a smaller weight. t_bins: the mean unweighted trace in each of T_BINS equal ranges of t.
     """
     P, B, T, device = config.curvature.num_probes, config.train.batch_size, diffusion.T, images.device
     params = list(model.parameters())
@@ -140,21 +133,19 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
         x_0 = to_model_range(images[torch.randint(len(images), (B,), generator=rng).to(device)])
         stratum = torch.arange(B) * P + j
         t = ((stratum + torch.rand(B, generator=rng, dtype=torch.float64)) * (T / (P * B))).long()
-        eps = torch.randn(x_0.shape, generator=rng).to(device)
-        v = rademacher(params, rng)
-        return quadratic_forms(partial(diffusion.eps_mse, model, x_0, t.to(device), eps), params, v).cpu(), t
+        losses = partial(diffusion.eps_mse, model, x_0, t.to(device), torch.randn(x_0.shape, generator=rng).to(device))
+        return quadratic_forms(losses, params, rademacher(params, rng)).cpu(), t
 
     with eval_mode(model):
         forms, t = (torch.stack(parts) for parts in zip(*map_shared(probe, P), strict=True))  # each (P, B)
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).cpu()
     record = {"step": step, "num_probes": P, "batch_size": B,
               "curvature/snr_mean_samples": diffusion.snr.cpu()[t].mean(dim=1).tolist()}
-    for name, weights in (("hutch_trace", w[t]), ("hutch_trace_unweighted", torch.ones_like(forms))):
-        trace = summarise((weights * forms).mean(dim=1).tolist())
-        record |= {f"curvature/{name}_{key}": getattr(trace, key) for key in ("mean", "std", "stderr", "samples")}
-    bins = t * T_BINS // T
-    record["curvature/hutch_trace_t_bins"] = [forms[bins == b].mean().item() if (bins == b).any() else None
-                                              for b in range(T_BINS)]
+    for name, values in (("hutch_trace", w[t] * forms), ("hutch_trace_unweighted", forms)):
+        trace = summarise(values.mean(dim=1).tolist())
+        record |= {f"curvature/{name}_{key}": value for key, value in trace._asdict().items()}
+    bins = [forms[t * T_BINS // T == b] for b in range(T_BINS)]
+    record["curvature/hutch_trace_t_bins"] = [part.mean().item() if len(part) else None for part in bins]
     return record
 
 
@@ -163,30 +154,28 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
 class Distances:
     """Distances of samples to the training images (Frechet distance and KID), with their errors and context.
 
-    A distance alone means little: at finite n it is biased, and every network has its own scale. So each comes with
-    its floor (n training images), floor_test (n test images) and ceiling (n images of uniform noise), in the same
-    features and at the same n. Statistics and context are made once and cached in `root`.
+    At finite n a distance is biased, and every network has its own scale. So each comes with its floor (n training
+    images), floor_test (n test images) and ceiling (n images of uniform noise), in the same features and at the same
+    n. The statistics of the training images, and this context, are made once and cached in `root`.
     """
 
     def __init__(self, network: nn.Module, data_name: str, train: Tensor, test: Tensor, root: str | Path):
         """train, test: uint8 (N, 3, 32, 32); the first is the reference. Raises UserError if root cannot be used."""
-        self.network, self.train, self.test = network, train, test
-        self.data_name, self.root, stem = data_name, Path(root), f"{data_name}_{network.name}"
-        self.reference_path, self.context_path = self.root / f"{stem}_train.npz", self.root / f"{stem}_context.json"
+        self.network, self.data_name, self.train, self.test, self.root = network, data_name, train, test, Path(root)
+        self.reference_path = self.root / f"{data_name}_{network.name}_train.npz"
+        self.context_path = self.root / f"{data_name}_{network.name}_context.json"
         self.origin = {"features": network.name, "weights_hash": network.weights_hash,
                        "data_hash": hashlib.sha256(train.cpu().numpy()).hexdigest()}
-        self.cached = from_first(self._cached_reference)
+        self.cached = from_first(self._load_reference)
 
-    def _cached_reference(self) -> FeatureStats | None:
+    def _load_reference(self) -> FeatureStats | None:
         nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"eval.stats_root = {self.root}: {nearest} is not a folder that can be written to")
         if not self.reference_path.exists():
             return None
-        stats = FeatureStats.load(self.reference_path)
-        wrong = [key for key, value in self.origin.items() if getattr(stats, key) not in (None, value)]
-        if stats.dim != self.network.dim:
-            wrong.append(f"dimension {stats.dim}")
+        stats, expected = FeatureStats.load(self.reference_path), self.origin | {"dim": self.network.dim}
+        wrong = [key for key, value in expected.items() if getattr(stats, key) not in (None, value)]
         if wrong:
             raise UserError(f"{self.reference_path}: made from another {', '.join(wrong)}; remove it to have it made "
                             "again, or give another eval.stats_root")
@@ -215,28 +204,24 @@ class Distances:
                 for metric, estimate in METRICS.items()}
 
     def context(self, n: int) -> dict[str, float | None]:
-        """NAME_floor, NAME_floor_test, NAME_ceiling of every metric at n images; None if a set has fewer.
+        """NAME_floor, NAME_floor_test, NAME_ceiling of every metric at n images.
 
-        KID has no floor: the training images are its reference.
+        None if a set has fewer, and for the floor of KID, whose reference the training images are.
         """
-        cache = from_first(lambda: read_json(self.context_path) if self.context_path.exists() else {})
-        if cache.get("origin") != self.origin:
-            cache = {"origin": self.origin}
-        if str(n) not in cache:
-            cache[str(n)] = context = {}
+        cached = from_first(lambda: read_json(self.context_path) if self.context_path.exists() else {})
+        if cached.get("origin") != self.origin:
+            cached = {"origin": self.origin}
+        if str(n) not in cached:
             noise = torch.randint(256, (n, *self.train.shape[1:]), dtype=torch.uint8, generator=generator(0, "ceiling"))
+            cached[str(n)] = context = {}
             for kind, images in {"floor": self.train[:n], "floor_test": self.test[:n], "ceiling": noise}.items():
-                found = {}
-                if len(images) == n:
-                    found = self.estimates(extract_shared(self.network, images, progress=f"{kind} at n = {n}, once"))
-                for metric in METRICS:
-                    name = metric_name(metric, self.network.name)
-                    known = name in found and (metric, kind) != ("kid", "floor")
-                    context[f"{name}_{kind}"] = found[name].value if known else None
+                features = extract_shared(self.network, images, progress=f"{kind} at n = {n}, once")
+                for name, estimate in self.estimates(features).items():
+                    context[f"{name}_{kind}"] = estimate.value if len(images) == n else None
+            context[metric_name("kid", self.network.name) + "_floor"] = None
             if first():
-                self.root.mkdir(parents=True, exist_ok=True)
-                replace_file(self.context_path, json.dumps(cache, indent=2).encode(), tag=str(os.getpid()))
-        return cache[str(n)]
+                replace_file(self.context_path, json.dumps(cached, indent=2).encode(), tag=str(os.getpid()))
+        return cached[str(n)]
 
     def measure(self, features: np.ndarray) -> tuple[dict, dict[str, Estimate]]:
         """The fields of a results line for features (n, d), and the estimates they come from."""
@@ -247,84 +232,80 @@ class Distances:
         return record | self.context(len(features)), estimates
 
 
-# ---- during training ----
+def logged(path: Path, point: dict, make: Callable[[], dict]) -> dict:
+    """The line of a log that has all items of `point`. If there is none, make() completes it and it is appended."""
+    line = next((r for r in from_first(lambda: read_jsonl(path)) if point.items() <= r.items()), None)
+    if line is None:
+        line = point | make()
+        if first():
+            append_jsonl(path, line)
+    return line
+
+
+def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusion: Diffusion, seed: int,
+                   run_dir: Path | None = None, means: dict | None = None) -> Iterator[dict]:
+    """The results line of each point, which has at least sampler, nfe and n; the samples are drawn with `seed`.
+
+    With a run_dir, lines that its results.jsonl holds are not measured again, and new ones, with `means`, are appended.
+    """
+    @lru_cache(maxsize=2)
+    def features(sampler: str, nfe: int, n: int) -> np.ndarray:
+        samples = sample_images(ema, diffusion, n, sampler, nfe, seed, progress=f"{sampler} {nfe}")
+        return extract_shared(distances.network, samples, progress="features")
+
+    def fields(point: dict) -> dict:
+        sampler, nfe, n = point["sampler"], point["nfe"], point["n"]
+        longest = max(p["n"] for p in points if (p["sampler"], p["nfe"]) == (sampler, nfe))
+        drawn = n if n % CHUNK else longest  # the first whole chunks do not depend on how many follow
+        record, estimates = distances.measure(features(sampler, nfe, drawn)[:n])
+        if run_dir and first():
+            save_influence(run_dir, point | record, estimates)
+        return record | (means or {})
+
+    for point in points:
+        make = partial(fields, point)
+        yield logged(run_dir / "results.jsonl", point, make) if run_dir else point | make()
+
 
 def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, diffusion: Diffusion, images: Tensor,
             held_out: Tensor, distances: Distances | None) -> None:
-    """Write to run_dir what is due at this step and not there yet. Changes nothing that training reads.
+    """During training: write to run_dir what is due at this step and not there yet. Changes nothing else.
 
     images, held_out: uint8 (N, 3, 32, 32), for the curvature and for the per-t profile.
     """
-    ev, last = config.eval, step == config.train.total_steps
-
-    def logged(name: str) -> list[dict]:
-        return from_first(lambda: [r for r in read_jsonl(run_dir / name) if r["step"] == step])
-
-    def append(name: str, record: dict) -> None:
+    ev, grid, last = config.eval, config.grid, step == config.train.total_steps
+    if config.curvature.every and step % config.curvature.every == 0:
+        logged(run_dir / "curvature.jsonl", {"step": step},
+               lambda: curvature_record(config, step, model, diffusion, images))
+    path = run_dir / "grids" / f"step_{step:06d}_{grid.sampler}{grid.nfe}.png"
+    if (step % grid.every == 0 or last) and not from_first(path.exists):
+        samples = sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed)  # same noise at every step
         if first():
-            append_jsonl(run_dir / name, record)
-
-    if config.curvature.every and step % config.curvature.every == 0 and not logged("curvature.jsonl"):
-        append("curvature.jsonl", curvature_record(config, step, model, diffusion, images))
-    if step % config.grid.every == 0 or last:
-        path = run_dir / "grids" / f"step_{step:06d}_{config.grid.sampler}{config.grid.nfe}.png"
-        if not from_first(path.exists):  # the same noise at every step, so that grids compare
-            samples = sample_images(ema, diffusion, config.grid.n, config.grid.sampler, config.grid.nfe, config.seed)
-            if first():
-                path.parent.mkdir(exist_ok=True)
-                replace_file(path, grid_png(samples))
-    if not (step % ev.every == 0 or last):
-        return
-    profile = next(iter(logged("per_t.jsonl")), None)
-    if profile is None:
-        profile = profile_record(config, step, model, ema, diffusion, held_out)
-        append("per_t.jsonl", profile)
-    means = {f"val/{key}": sum(profile[key]) / len(profile[key]) for key in ("eps_mse_raw", "eps_mse_ema")}
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, grid_png(samples))
     due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     due += [("final", sampler, ev.final_n_samples) for sampler in ev.final_samplers] if last else []
-    done = {(r["kind"], r.get("sampler")) for r in logged("results.jsonl")}
-    if distances is None:
-        for kind in dict.fromkeys(kind for kind, _, _ in due if (kind, None) not in done):
-            append("results.jsonl", {"step": step, "kind": kind, **means})
+    if not due:
         return
-    due = [(kind, sampler, n) for kind, sampler, n in due if (kind, sampler) not in done]
-    longest = {sampler: max(n for _, other, n in due if other == sampler) for _, sampler, _ in due}
-    features = {}
-    for kind, sampler, n in due:
-        drawn = longest[sampler] if n % CHUNK == 0 else n  # the first n do not depend on how many follow
-        if (sampler, drawn) not in features:
-            samples = sample_images(ema, diffusion, drawn, sampler, ev.nfe, config.seed, progress="samples")
-            features[sampler, drawn] = extract_shared(distances.network, samples, progress="features")
-        record, estimates = distances.measure(features[sampler, drawn][:n])
-        record = {"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, **record, **means}
-        if first():
-            save_influence(run_dir, record, estimates)
-        append("results.jsonl", record)
+    profile = logged(run_dir / "per_t.jsonl", {"step": step},
+                     lambda: profile_record(config, step, model, ema, diffusion, held_out))
+    means = {f"val/{key}": sum(profile[key]) / len(profile[key]) for key in ("eps_mse_raw", "eps_mse_ema")}
+    if distances is None:
+        for kind in dict.fromkeys(kind for kind, _, _ in due):
+            logged(run_dir / "results.jsonl", {"step": step, "kind": kind}, lambda: means)
+        return
+    points = [{"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, "n": n, "features": ev.features}
+              for kind, sampler, n in due]
+    list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means))
 
 
 # ---- the command ----
-
-def frontier(config: Config, step: int, ema: UNet, diffusion: Diffusion, distances: Distances, run_dir: Path, n: int,
-             nfes: list[int], samplers: list[str]) -> None:
-    """Append to results.jsonl the distances of n samples for each sampler and NFE that it does not hold already."""
-    for sampler, nfe in product(samplers, nfes):
-        point = {"step": step, "kind": "frontier", "sampler": sampler, "nfe": nfe, "n": n,
-                 "features": distances.network.name}
-        record = next((r for r in read_jsonl(run_dir / "results.jsonl") if point.items() <= r.items()), None)
-        if record is None:
-            samples = sample_images(ema, diffusion, n, sampler, nfe, config.seed, progress=f"{sampler} {nfe}")
-            measured, estimates = distances.measure(extract_shared(distances.network, samples))
-            record = point | measured
-            save_influence(run_dir, record, estimates)
-            append_jsonl(run_dir / "results.jsonl", record)
-        print(json.dumps(record), flush=True)
-
 
 def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
@@ -346,19 +327,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.run_dir is None) == (args.stats is None):
         parser.error("give either RUN_DIR or --stats")
-    measures = bool(args.stats or args.distance or args.frontier)
-    reads = {"features": measures, "weights": measures, "n": measures, "stats_root": measures, "nfe": args.distance,
-             "seed": args.distance, "sampler": args.distance or args.frontier, "step": not args.stats}
+    samples = args.distance or args.frontier
+    reads = dict.fromkeys(["features", "weights", "n", "stats_root"], samples or args.stats)
+    reads |= {"nfe": args.distance, "seed": args.distance, "sampler": samples, "step": not args.stats}
     for name, read in reads.items():
         if getattr(args, name) is not None and not read:
             parser.error(f"--{name.replace('_', '-')} has no effect here; see the examples of --help")
     if args.n is not None and not 2 <= args.n <= MAX_SAMPLES:
         parser.error(f"--n {args.n}: must be from 2 to {MAX_SAMPLES}")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
     device = check_device(args.device)
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
@@ -372,30 +348,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.curvature:
         print(json.dumps(curvature_record(config, step, model, diffusion, train.to(device))))
         return 0
-    if not (args.distance or args.frontier):
+    if not samples:
         print(json.dumps(profile_record(config, step, model, ema, diffusion, test[:ev.profile_images])))
         return 0
-    features = args.features or ev.features
+    features, n = args.features or ev.features, args.n or ev.n_samples
     if features == "none":
         raise UserError(f"{args.run_dir}: its config has eval.features = none; give --features lite0 or inception")
-    n, sampler = args.n or ev.n_samples, args.sampler or ev.sampler
-    nfe = ev.nfe if args.nfe is None else args.nfe
-    seed = config.seed if args.seed is None else args.seed
     if args.weights and features != "inception":
         raise UserError(f"--weights are Inception's; {features} has its own")
-    for each in args.frontier or [nfe]:
-        if not 1 <= each <= diffusion.T:
-            raise UserError(f"NFE {each}: must be from 1 to T = {diffusion.T}")
+    nfes = args.frontier or [ev.nfe if args.nfe is None else args.nfe]
+    if min(nfes) < 1 or max(nfes) > diffusion.T:
+        raise UserError(f"NFE {', '.join(map(str, nfes))}: must be from 1 to T = {diffusion.T}")
     network = feature_network(features, args.weights or ev.inception_weights, device)
     distances = Distances(network, config.data.name, train, test, args.stats_root or ev.stats_root)
-    if args.frontier:
-        with lock(args.run_dir):
-            frontier(config, step, ema, diffusion, distances, args.run_dir, n, args.frontier,
-                     [args.sampler] if args.sampler else list(SAMPLERS))
-        return 0
-    samples = sample_images(ema, diffusion, n, sampler, nfe, seed, progress="sampling")
-    record, _ = distances.measure(extract_shared(network, samples, progress="features"))
-    print(json.dumps({"step": step, "sampler": sampler, "nfe": nfe, "seed": seed, **record}))
+    seed = config.seed if args.seed is None else args.seed
+    samplers = [args.sampler] if args.sampler else SAMPLERS if args.frontier else [ev.sampler]
+    named = {"step": step, "kind": "frontier"} if args.frontier else {"step": step, "seed": seed}
+    points = [{**named, "sampler": sampler, "nfe": nfe, "n": n, "features": features}
+              for sampler, nfe in product(samplers, nfes)]
+    run_dir = args.run_dir if args.frontier else None
+    with lock(run_dir) if run_dir else nullcontext():
+        for line in measure_points(points, distances, ema, diffusion, seed, run_dir):
+            print(json.dumps(line), flush=True)
     return 0
 
 

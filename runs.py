@@ -13,14 +13,16 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import LAST, LOCK, load_checkpoint, load_file, naming, replace_file
+from checkpoint import LAST, LOCK, load_checkpoint, load_file, replace_file, synced
 from config import PATHS, SETTABLE, Config, config_from_dict, flatten
 from diffusion import BETAS, Diffusion
 from errors import UserError
@@ -35,65 +37,57 @@ LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing
 # ---- logs ----
 
 def append_jsonl(path: Path, record: dict) -> None:
-    """Append one line and flush it to disk. A partial last line, as a crash leaves it, is removed first.
-
-    Raises FloatingPointError for NaN and infinity, which JSON does not have.
-    """
+    """Append one line, in place of a partial last line that a crash left. FloatingPointError for NaN or infinity."""
     try:
         line = json.dumps(record, allow_nan=False) + "\n"
     except ValueError:
         raise FloatingPointError(f"step {record['step']}: a value for {path.name} is not finite") from None
-    with naming(path), open(path, "ab+") as file:
+    with synced(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """All whole lines; [] for a missing file. A last line without its newline is what a crash has left: it is ignored.
-
-    Raises UserError for a line that is no JSON object with a step.
-    """
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # of JSON or UTF-8
-            record = None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise UserError(f"{path}: line {number} is not a JSON object with a step; mend or remove that line")
-        records.append(record)
-    return records
+def parse(text: bytes, where: str) -> dict:
+    """The JSON object in text. Raises UserError."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):  # of JSON or UTF-8
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return content
 
 
 def read_json(path: Path) -> dict:
-    """The object that a JSON file holds. Raises UserError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
+    return parse(path.read_bytes(), str(path))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """All lines but a partial last one; [] for a missing file. Raises UserError for a line that lacks a step."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records = [parse(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+    for number, record in enumerate(records, start=1):
+        if type(record.get("step")) is not int:
+            raise UserError(f"{path}: line {number} has no step; mend or remove it")
+    return records
 
 
 # ---- start or resume ----
 
+def git(*command: str) -> str | None:
+    """What git says about this checkout; None if there is no git or no repository."""
+    try:
+        return subprocess.check_output(["git", *command], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL,
+                                       text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def environment(device: torch.device) -> dict:
     """What besides config and seed may change a result, for env.json."""
-    def git(*command):
-        try:
-            out = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        except FileNotFoundError:
-            return None
-        return out.stdout.strip() if out.returncode == 0 else None
-
     status = git("status", "--porcelain")
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -103,14 +97,12 @@ def environment(device: torch.device) -> dict:
 
 def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError unless run_dir is new, or a run that is resumed or overwritten."""
-    is_run = (run_dir / "config.json").exists()
-    new = not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {LOCK, "config.json.tmp"}
-    if new or (is_run and (resume or overwrite)):
-        return
-    if not is_run:
+    if (run_dir / "config.json").exists():
+        if not (resume or overwrite):
+            raise UserError(f"{run_dir}: {'a finished' if Run(run_dir).finished else 'an unfinished'} run; --resume "
+                            "continues it, --overwrite deletes it, --out DIR writes elsewhere")
+    elif run_dir.exists() and not {path.name for path in run_dir.iterdir()} <= {LOCK, "config.json.tmp"}:
         raise UserError(f"{run_dir}: exists and is not a run directory (no config.json); give another --out")
-    raise UserError(f"{run_dir}: {'a finished' if Run(run_dir).finished else 'an unfinished'} run; --resume continues "
-                    "it, --overwrite deletes it, --out DIR writes elsewhere")
 
 
 def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> dict | None:
@@ -120,9 +112,12 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> 
     """
     resume = resume and (run_dir / "config.json").exists()
     saved, env = resumable(config, run_dir) if resume else None, environment(device)
+    step = saved["step"] if saved else 0
     (run_dir / "done.json").unlink(missing_ok=True)  # training writes it again
     if resume:
-        cut_logs(config, run_dir, saved["step"] if saved else 0)
+        for path in (run_dir / name for name in LOGS if (run_dir / name).exists()):  # evaluate.py added the frontier
+            kept = [r for r in read_jsonl(path) if r["step"] <= step or r.get("kind") == "frontier"]
+            replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         started = read_json(run_dir / "env.json") if (run_dir / "env.json").exists() else env
         env = {**started, "resumed": [*started.get("resumed", []), env]}
     else:  # config.json is deleted last: until then this is a run, which --overwrite may delete
@@ -139,8 +134,7 @@ def resumable(config: Config, run_dir: Path) -> dict | None:
     started, saved = Run(run_dir).config, None
     reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
     if any((run_dir / "checkpoints").glob("*.pt")):
-        saved = load_checkpoint(run_dir / "checkpoints")
-        started = config_from_dict(saved["config"], f"{run_dir}: checkpoint")
+        started, saved = read_checkpoint(run_dir)
     elif reached > min(started.train.checkpoint_every, started.eval.every, started.train.total_steps):
         raise UserError(f"{run_dir}: its logs reach step {reached}, but its checkpoints are gone; put them back, or "
                         "--overwrite the run")
@@ -155,14 +149,6 @@ def resumable(config: Config, run_dir: Path) -> dict | None:
     return saved
 
 
-def cut_logs(config: Config, run_dir: Path, step: int) -> None:
-    """Drop the log lines past `step`; training will write them again. Lines that evaluate.py has added stay."""
-    for name in LOGS:
-        if (run_dir / name).exists():
-            kept = [r for r in read_jsonl(run_dir / name) if r["step"] <= step or r.get("kind") == "frontier"]
-            replace_file(run_dir / name, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
 # ---- find and read ----
 
 class Run:
@@ -173,18 +159,8 @@ class Run:
             raise UserError(f"{path}: not a run directory (no config.json); give one such as runs/smoke/seed1077")
         self.path, self.config = path, config_from_dict(read_json(path / "config.json"), str(path / "config.json"))
         self.exp, self.seed = self.config.exp, self.config.seed
-        self._logs: dict[str, list[dict]] = {}
-
-    def log(self, name: str) -> list[dict]:
-        """The lines of NAME.jsonl, [] if there are none."""
-        if name not in self._logs:
-            self._logs[name] = read_jsonl(self.path / f"{name}.jsonl")
-        return self._logs[name]
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has reached its last step and measured all that was due there."""
-        return (self.path / "done.json").exists()
+        self.finished = (path / "done.json").exists()  # it reached its last step and measured all that was due there
+        self.log = lru_cache(lambda name: read_jsonl(path / f"{name}.jsonl"))  # the lines of NAME.jsonl
 
     def results(self, kind: str) -> list[dict]:
         """The distances of kind "milestone", "final" or "frontier"."""
@@ -205,6 +181,33 @@ def build(config: Config, device) -> tuple[UNet, Diffusion]:
     return model, Diffusion(betas.to(device))
 
 
+def checkpoint_path(run_dir: Path, step: int | None = None) -> Path:
+    """The newest checkpoint, or the weights (raw and EMA) of milestone `step`, which are kept for good."""
+    return run_dir / "checkpoints" / (LAST if step is None else f"step_{step:06d}.pt")
+
+
+def read_checkpoint(run_dir: Path, device="cpu", step: int | None = None) -> tuple[Config, dict]:
+    """Config and content of the newest checkpoint, or of a milestone. Raises UserError if there is none."""
+    path = checkpoint_path(run_dir, step)
+    if not path.parent.is_dir():
+        raise UserError(f"{run_dir}: not a run directory with checkpoints; give one such as runs/smoke/seed1077")
+    if step is not None and not path.exists():
+        kept = ", ".join(sorted(path.stem.removeprefix("step_") for path in path.parent.glob("step_*.pt")))
+        raise UserError(f"{run_dir}: no weights of step {step}; it has kept {kept or 'none'}")
+    state = load_checkpoint(path.parent, device) if step is None else load_file(path, device)
+    return config_from_dict(state["config"], f"{run_dir}: checkpoint"), state
+
+
+@contextmanager
+def fits_config(run_dir: Path) -> Iterator[None]:
+    """Raises UserError if the content of a checkpoint, used inside, does not fit its config."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{run_dir}: its checkpoint does not fit its config: written by another version? "
+                        f"({type(error).__name__})") from error
+
+
 class Loaded(NamedTuple):
     config: Config
     step: int
@@ -213,38 +216,15 @@ class Loaded(NamedTuple):
     diffusion: Diffusion
 
 
-def load_state(run_dir: Path, load: Callable[[dict], object], state: dict) -> None:
-    """load(state); raises UserError if the checkpoint's content does not fit its config."""
-    try:
-        load(state)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{run_dir}: its checkpoint does not fit its config: written by another version? "
-                        f"({type(error).__name__})") from error
-
-
 def load_run(run_dir: Path, device, step: int | None = None) -> Loaded:
     """The networks of a run at its newest checkpoint, or at milestone `step`. Raises UserError if there is none."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{run_dir}: not a run directory with checkpoints; give one such as runs/smoke/seed1077")
-    if step is not None and not milestone_path(run_dir, step).exists():
-        kept = ", ".join(sorted(path.stem.removeprefix("step_") for path in folder.glob("step_*.pt")))
-        raise UserError(f"{run_dir}: no weights of step {step}; it has kept {kept or 'none'}")
-    state = load_checkpoint(folder, device) if step is None else load_file(milestone_path(run_dir, step), device)
-    config = config_from_dict(state["config"], f"{run_dir}: checkpoint")
+    config, state = read_checkpoint(run_dir, device, step)
     model, diffusion = build(config, device)
     ema = copy.deepcopy(model)
-    load_state(run_dir, lambda s: (model.load_state_dict(s["model"]), ema.load_state_dict(s["ema"])), state)
+    with fits_config(run_dir):
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
     return Loaded(config, state["step"], model.eval(), ema.eval(), diffusion)
-
-
-def last_path(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / LAST
-
-
-def milestone_path(run_dir: Path, step: int) -> Path:
-    """The weights (raw and EMA) of a milestone, kept for good."""
-    return run_dir / "checkpoints" / f"step_{step:06d}.pt"
 
 
 # ---- paired differences ----
@@ -274,24 +254,26 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     one seed start sample i from the same x_T, so their errors are correlated, and the error of the difference comes
     from the paired influences. [] if they share no distance. Raises UserError if the seeds differ.
     """
-    if Run(run_a).seed != Run(run_b).seed:
+    a, b = Run(run_a), Run(run_b)
+    if a.seed != b.seed:
         raise UserError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
     same = ("kind", "sampler", "nfe", "n", "features", "reference")
 
-    def measured(run_dir):
+    def measured(run: Run) -> dict[tuple, dict]:
         return {(None if r["kind"] == "final" else r["step"], *(r[key] for key in same)): r
-                for r in read_jsonl(run_dir / "results.jsonl") if "sampler" in r}
+                for r in run.log("results") if "sampler" in r}
 
-    differences, of_b = [], measured(run_b)
-    for point, a in measured(run_a).items():
-        if point not in of_b:
-            continue
-        b = of_b[point]
-        pulls_a, pulls_b = load_npz(influence_path(run_a, a)), load_npz(influence_path(run_b, b))
-        record = {"step": b["step"], "step_a": a["step"], **{key: a[key] for key in same}}
-        for name in (metric_name(metric, a["features"]) for metric in METRICS):
-            if not len(pulls_a.get(name, ())) == len(pulls_b.get(name, ())) == a["n"]:
-                raise UserError(f"{influence_path(run_a, a)} and that of {run_b}: not {a['n']} samples of {name} each")
-            record |= {name: b[name] - a[name], f"{name}_stderr": paired_stderr(pulls_b[name], pulls_a[name])}
-        differences.append(record)
+    differences, of_b = [], measured(b)
+    for point, r_a in measured(a).items():
+        if point in of_b:
+            r_b = of_b[point]
+            pulls_a, pulls_b = load_npz(influence_path(run_a, r_a)), load_npz(influence_path(run_b, r_b))
+            record = {"step": r_b["step"], "step_a": r_a["step"], **{key: r_a[key] for key in same}}
+            for name in (metric_name(metric, r_a["features"]) for metric in METRICS):
+                if not len(pulls_a.get(name, ())) == len(pulls_b.get(name, ())) == r_a["n"]:
+                    raise UserError(f"{influence_path(run_a, r_a)} and that of {run_b}: not {r_a['n']} samples of "
+                                    f"{name} each")
+                record |= {name: r_b[name] - r_a[name],
+                           f"{name}_stderr": paired_stderr(pulls_b[name], pulls_a[name])}
+            differences.append(record)
     return differences

@@ -37,7 +37,7 @@ from fid import feature_network
 from model import UNet
 from parallel import DEVICE, check_device, first, from_first, gathered, in_turn, joined, mean, rank, share, world
 from rng import generator, seed_global
-from runs import append_jsonl, build, check_start, last_path, load_state, milestone_path, start
+from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, start
 from weighting import loss_weights
 
 # ---- one training step ----
@@ -169,7 +169,8 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
     """
     state, diffusion = new_state(config, device)
     if saved is not None:
-        load_state(run_dir, state.load_state_dict, saved)
+        with fits_config(run_dir):
+            state.load_state_dict(saved)
     images, total, every = images.to(device), config.train.total_steps, config.eval.every
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
     seconds = Counter()
@@ -181,7 +182,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
 
     def measure() -> None:
         check_finite(state)
-        start, kept = time.perf_counter(), milestone_path(run_dir, state.step)
+        start, kept = time.perf_counter(), checkpoint_path(run_dir, state.step)
         if (state.step % every == 0 or state.step == total) and not from_first(kept.exists):
             save(kept, {key: value for key, value in state.state_dict().items() if key in ("step", "model", "ema")})
         evaluate.measure(config, run_dir, state.step, state.model, state.ema, diffusion, images, held_out, distances)
@@ -204,7 +205,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                     append_jsonl(run_dir / "loss.jsonl", record)
                 progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
             if step % config.train.checkpoint_every == 0 or step % every == 0 or done:
-                save(last_path(run_dir), state.state_dict())
+                save(checkpoint_path(run_dir), state.state_dict())
             if done or any(n and step % n == 0 for n in (every, config.grid.every, config.curvature.every)):
                 measure()
             # Several processes must stop at one step. Asking each other takes time, so they do it at log lines only.
@@ -213,7 +214,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                 append_jsonl(run_dir / "timing.jsonl", {"step": step, **seconds})
                 seconds.clear()
             if stop and not done:
-                save(last_path(run_dir), state.state_dict())
+                save(checkpoint_path(run_dir), state.state_dict())
                 return stop[0]
     if first():
         replace_file(run_dir / "done.json", json.dumps({"step": total}).encode())

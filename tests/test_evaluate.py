@@ -155,7 +155,7 @@ def test_statistics_and_context_are_made_once(distances, monkeypatch):
     ("another weights_hash", lambda d: setattr(d.network, "weights_hash", "other")),
     ("another features", lambda d: (setattr(d.network, "name", "lite0"),
                                     d.reference_path.rename(d.root / "shapes_lite0_train.npz"))),
-    ("another dimension 5", lambda d: np.savez(d.reference_path, mu=np.zeros(5), sigma=np.eye(5))),
+    ("another dim", lambda d: np.savez(d.reference_path, mu=np.zeros(5), sigma=np.eye(5))),
     ("shapes_inception_train.npz is not a folder", lambda d: setattr(d, "root", d.reference_path / "stats")),
 ])
 def test_statistics_of_something_else_are_refused(distances, fact, change):

@@ -138,7 +138,7 @@ def test_find_and_read(run_dir, tmp_path):
     run = Run(run_dir)
     assert run.finished and run.log("curvature") == [] and run.log("loss")[-1]["step"] == 12
     (run_dir / "done.json").unlink()
-    assert not run.finished
+    assert not Run(run_dir).finished
     for wrong in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="not a run directory"):
             Run(wrong)
