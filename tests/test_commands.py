@@ -46,7 +46,7 @@ def place(server, tmp_path_factory):
 RUN = "runs/smoke/seed1077"
 REFUSED = [  # one of each kind of fault, with the facts that its line must carry
     ("train.py", "", ["--exp", "--list"]), ("train.py", "--exp smoke --frobnicate", ["--frobnicate"]),
-    ("train.py", "--exp smok", ["'smok'", "smoke"]), ("train.py", "--exp smoke --profile cpi", ["'cpi'", "cpu"]),
+    ("train.py", "--exp smok", ["'smok'", "smoke"]), ("train.py", "--exp smoke --profile studi", ["'studi'", "study"]),
     ("train.py", "--exp smoke --set train.total_step=3", ["train.total_step", "train.total_steps"]),
     ("train.py", "--exp smoke --set train.lr=1e999", ["train.lr", "inf"]),
     ("train.py", "--exp smoke --device cuda:99", ["cuda:99"]),

@@ -63,20 +63,21 @@ def test_overrides():
 
 def test_a_profile_is_laid_over_experiments_and_its_tables_over_the_one_they_name():
     for exp, samplers, every in (("E5", ("ddpm", "ddim"), 200), ("E4", ("ddpm", "ddim"), 200), ("E8a", ("ddim",), 250)):
-        plain, small = load_config(exp), load_config(exp, profile="cpu", overrides=["eval.n_samples=300"])
+        plain, small = load_config(exp), load_config(exp, profile="study", overrides=["eval.n_samples=300"])
         assert small.eval.features == "lite0" and small.eval.final_n_samples == 2000 and small.eval.n_samples == 300
         assert small.eval.final_samplers == samplers and small.curvature.every == every
         changed = {key for key, value in flatten(small).items() if flatten(plain)[key] != value}
-        assert {key.split(".")[0] for key in changed} <= {"eval", "curvature", "log"}
-    with pytest.raises(ConfigError, match="'cpi'.*cpu"):
-        load_config("E5", profile="cpi")
+        assert {key.split(".")[0] for key in changed} <= {"eval", "curvature", "log", "train"}
+        assert {key for key in changed if key.startswith("train.")} == {"train.amp"}
+    with pytest.raises(ConfigError, match="'studi'.*study"):
+        load_config("E5", profile="studi")
 
 
 def test_a_profile_with_a_key_that_does_not_exist(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(GOOD.replace("[profiles.cpu]", "[profiles.cpu]\neval.n_sample = 3"))
-    with pytest.raises(ConfigError, match=r"mine.toml: \[profiles.cpu\].*eval.n_sample';.*eval.n_samples"):
-        load_config("E5", path, profile="cpu")
+    path.write_text(GOOD.replace("[profiles.study]", "[profiles.study]\neval.n_sample = 3"))
+    with pytest.raises(ConfigError, match=r"mine.toml: \[profiles.study\].*eval.n_sample';.*eval.n_samples"):
+        load_config("E5", path, profile="study")
     assert load_config("E5", path).eval.n_samples == 5000
 
 
