@@ -77,7 +77,7 @@ LEAVES = {
     "train.batch_size": Key(int, (1, 100_000)),
     "train.lr": POSITIVE,                                       # of Adam, constant
     "train.grad_clip": POSITIVE,                                # largest global L2 norm of the gradient
-    "train.amp": Key(bool),                                     # bf16 mixed precision, on a GPU that has it
+    "train.amp": Key(bool),                                     # train in bf16 mixed precision, on hardware that has it
     "train.checkpoint_every": COUNT,                            # steps
     "ema.decay": FRACTION,
     "log.every": COUNT,                                         # steps
@@ -91,6 +91,7 @@ LEAVES = {
     "eval.features": Key(str, (*FEATURES, "none")),             # network of the distances; "none" measures none
     "eval.inception_weights": TEXT,                             # path; "" for torch.hub's cache or download
     "eval.stats_root": TEXT,                                    # folder of reference statistics, made when first needed
+    "eval.amp": Key(bool),                                      # draw samples in bf16, on hardware that has it
     "eval.nfe": COUNT,
     "eval.sampler": Key(str, SAMPLERS),                         # of milestones
     "eval.n_samples": Key(int, (2, MAX_SAMPLES)),

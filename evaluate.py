@@ -31,7 +31,7 @@ from diffusion import SAMPLERS, Diffusion, spaced_timesteps
 from errors import UserError, run_script
 from fid import FEATURES, METRICS, Estimate, FeatureStats, extract, feature_network, metric_name
 from model import UNet
-from parallel import DEVICE, check_device, first, from_first, map_shared
+from parallel import DEVICE, check_device, first, from_first, map_shared, precision
 from rng import generator
 from runs import append_jsonl, load_run, read_json, read_jsonl, save_influence
 from weighting import loss_weights
@@ -55,11 +55,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: int, seed: int,
-                  progress: str | None = None, **options) -> Tensor:
+                  precision: str = "fp32", progress: str | None = None, **options) -> Tensor:
     """n samples, uint8 (n, 3, 32, 32) on the CPU, drawn in chunks whose noise depends only on (seed, chunk).
 
-    sampler: a key of SAMPLERS, which may take further options (DDIM: eta). Chunk i starts from the same x_T whatever
-    the model, sampler and nfe, so that two arms can be paired sample by sample. progress: label of a bar.
+    sampler: a key of SAMPLERS, which may take further options (DDIM: eta). precision: "fp32", or "bf16" for the network
+    alone. progress: label of a bar. Chunk i starts from the same x_T whatever the model, sampler and nfe, so that two
+    arms can be paired sample by sample.
     """
     device = next(model.parameters()).device
     shape = (model.image_channels, model.image_size, model.image_size)
@@ -73,7 +74,7 @@ def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: 
         noise = generator(seed, "sampler_noise", i)
         return to_uint8(SAMPLERS[sampler](in_batches, diffusion, x_T, nfe, generator=noise, **options)).cpu()
 
-    with eval_mode(model):
+    with eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return torch.cat(map_shared(chunk, math.ceil(n / CHUNK), progress))
 
 
@@ -244,20 +245,20 @@ def logged(path: Path, point: dict, make: Callable[[], dict]) -> dict:
 
 def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusion: Diffusion, seed: int,
                    run_dir: Path | None = None, means: dict | None = None) -> Iterator[dict]:
-    """The results line of each point, which has at least sampler, nfe and n; the samples are drawn with `seed`.
+    """The results line of each point, which has at least sampler, nfe, n and precision; samples are drawn with `seed`.
 
     With a run_dir, lines that its results.jsonl holds are not measured again, and new ones, with `means`, are appended.
     """
     @lru_cache(maxsize=2)
-    def features(sampler: str, nfe: int, n: int) -> np.ndarray:
-        samples = sample_images(ema, diffusion, n, sampler, nfe, seed, progress=f"{sampler} {nfe}")
+    def features(sampler: str, nfe: int, n: int, precision: str) -> np.ndarray:
+        samples = sample_images(ema, diffusion, n, sampler, nfe, seed, precision, progress=f"{sampler} {nfe}")
         return extract_shared(distances.network, samples, progress="features")
 
     def fields(point: dict) -> dict:
         sampler, nfe, n = point["sampler"], point["nfe"], point["n"]
         longest = max(p["n"] for p in points if (p["sampler"], p["nfe"]) == (sampler, nfe))
         drawn = n if n % CHUNK else longest  # the first whole chunks do not depend on how many follow
-        record, estimates = distances.measure(features(sampler, nfe, drawn)[:n])
+        record, estimates = distances.measure(features(sampler, nfe, drawn, point["precision"])[:n])
         if run_dir and first():
             save_influence(run_dir, point | record, estimates)
         return record | (means or {})
@@ -274,12 +275,13 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
     images, held_out: uint8 (N, 3, 32, 32), for the curvature and for the per-t profile.
     """
     ev, grid, last = config.eval, config.grid, step == config.train.total_steps
+    used = precision(ev.amp, images.device)
     if config.curvature.every and step % config.curvature.every == 0:
         logged(run_dir / "curvature.jsonl", {"step": step},
                lambda: curvature_record(config, step, model, diffusion, images))
     path = run_dir / "grids" / f"step_{step:06d}_{grid.sampler}{grid.nfe}.png"
     if (step % grid.every == 0 or last) and not from_first(path.exists):
-        samples = sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed)  # same noise at every step
+        samples = sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, used)  # always this noise
         if first():
             path.parent.mkdir(exist_ok=True)
             replace_file(path, grid_png(samples))
@@ -294,8 +296,8 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
         for kind in dict.fromkeys(kind for kind, _, _ in due):
             logged(run_dir / "results.jsonl", {"step": step, "kind": kind}, lambda: means)
         return
-    points = [{"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, "n": n, "features": ev.features}
-              for kind, sampler, n in due]
+    points = [{"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, "n": n, "precision": used,
+               "features": ev.features} for kind, sampler, n in due]
     list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means))
 
 
@@ -364,8 +366,8 @@ def main(argv: list[str] | None = None) -> int:
     seed = config.seed if args.seed is None else args.seed
     samplers = [args.sampler] if args.sampler else SAMPLERS if args.frontier else [ev.sampler]
     named = {"step": step, "kind": "frontier"} if args.frontier else {"step": step, "seed": seed}
-    points = [{**named, "sampler": sampler, "nfe": nfe, "n": n, "features": features}
-              for sampler, nfe in product(samplers, nfes)]
+    points = [{**named, "sampler": sampler, "nfe": nfe, "n": n, "features": features,
+               "precision": precision(ev.amp, device)} for sampler, nfe in product(samplers, nfes)]
     run_dir = args.run_dir if args.frontier else None
     with lock(run_dir) if run_dir else nullcontext():
         for line in measure_points(points, distances, ema, diffusion, seed, run_dir):

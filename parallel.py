@@ -41,6 +41,19 @@ def check_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def precision(amp: bool, device: torch.device) -> str:
+    """ "bf16" if amp asks for it and the device computes in it (GPUs since Ampere, CPUs with AVX512_BF16 or AMX).
+
+    Else "fp32": emulated bf16 is slower than fp32, and less exact.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = torch.cpu.get_capabilities()
+        has_bf16 = flags.get("avx512_bf16") or flags.get("amx_bf16")
+    return "bf16" if amp and has_bf16 else "fp32"
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Inside, torchrun's processes form a group. They wait 6 hours for each other. Raises UserError if one dies."""

@@ -118,14 +118,15 @@ def paired(root: Path, exps: list[str], factor: list[str], force: bool) -> tuple
     for a, b in pairs:
         of_a, of_b = (read_json(run.path / "env.json") if (run.path / "env.json").exists() else {} for run in (a, b))
         notes += [f"Seed {a.seed}: {key} is {of_a.get(key)} in {a.exp} and {of_b.get(key)} in {b.exp}."
-                  for key in ("git_commit", "torch", "device", "threads") if of_a.get(key) != of_b.get(key)]
+                  for key in ("git_commit", "torch", "device", "threads", "train_precision")
+                  if of_a.get(key) != of_b.get(key)]
         notes += [f"Seed {a.seed}: {run.exp} is not finished." for run in (a, b) if not run.finished]
     return pairs, notes
 
 
 def distances(pairs: list[tuple[Run, Run]]) -> dict[str, tuple[list[Point], dict]]:
     """All distances; with each the baseline's line of the results, and `metric`."""
-    found, same = {}, ("sampler", "nfe", "n", "features", "reference")
+    found, same = {}, ("sampler", "nfe", "n", "features", "reference", "precision")
     for a, b in pairs:
         for d in paired_differences(a.path, b.path):
             lines = [next(r for r in run.results(d["kind"]) if r["step"] == step and all(r[k] == d[k] for k in same))

@@ -28,7 +28,7 @@ from diffusion import BETAS, Diffusion
 from errors import UserError
 from fid import METRICS, Estimate, load_npz, metric_name
 from model import UNet
-from parallel import world
+from parallel import precision, world
 
 MAY_CHANGE = ("log.every", *PATHS)  # on resume: none of these changes the weights
 LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing.jsonl")
@@ -86,12 +86,15 @@ def git(*command: str) -> str | None:
         return None
 
 
-def environment(device: torch.device) -> dict:
+def environment(config: Config, device: torch.device) -> dict:
     """What besides config and seed may change a result, for env.json."""
-    status = git("status", "--porcelain")
+    status, cpu = git("status", "--porcelain"), torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    cpu += f", {torch.backends.cpu.get_cpu_capability()}"
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "train_precision": precision(config.train.amp, device),
+            "sample_precision": precision(config.eval.amp, device),
             "threads": torch.get_num_threads(), "processes": world(), "command": " ".join(sys.argv)}
 
 
@@ -111,14 +114,15 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> 
     Raises UserError, before anything is changed, if the run cannot be resumed with this config.
     """
     resume = resume and (run_dir / "config.json").exists()
-    saved, env = resumable(config, run_dir) if resume else None, environment(device)
+    env = environment(config, device)
+    started = read_json(run_dir / "env.json") if resume and (run_dir / "env.json").exists() else env
+    saved = resumable(config, run_dir, started, env) if resume else None
     step = saved["step"] if saved else 0
     (run_dir / "done.json").unlink(missing_ok=True)  # training writes it again
     if resume:
         for path in (run_dir / name for name in LOGS if (run_dir / name).exists()):  # evaluate.py added the frontier
             kept = [r for r in read_jsonl(path) if r["step"] <= step or r.get("kind") == "frontier"]
             replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        started = read_json(run_dir / "env.json") if (run_dir / "env.json").exists() else env
         env = {**started, "resumed": [*started.get("resumed", []), env]}
     else:  # config.json is deleted last: until then this is a run, which --overwrite may delete
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.json"):
@@ -129,8 +133,11 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> 
     return saved
 
 
-def resumable(config: Config, run_dir: Path) -> dict | None:
-    """The checkpoint to resume from, on the CPU; None if the run ended before its first checkpoint."""
+def resumable(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | None:
+    """The checkpoint to resume from, on the CPU; None if the run ended before its first checkpoint.
+
+    Raises UserError if config or precision are not those that the run was started with.
+    """
     started, saved = Run(run_dir).config, None
     reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
     if any((run_dir / "checkpoints").glob("*.pt")):
@@ -143,6 +150,10 @@ def resumable(config: Config, run_dir: Path) -> dict | None:
         if old[key] != new[key] and key not in MAY_CHANGE:
             raise UserError(f"{run_dir}: was started with {key} = {json.dumps(old[key])}, this command has "
                             f"{json.dumps(new[key])}; give --set '{key}={json.dumps(old[key])}', or another --out")
+    for key in ("train_precision", "sample_precision"):
+        if env_then.get(key) != env[key]:
+            raise UserError(f"{run_dir}: was started with {key} {env_then.get(key)}, and {env['device']} gives "
+                            f"{env[key]}; resume it on {env_then.get('device')}")
     step = saved["step"] if saved else 0
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
     print(f"{run_dir}: resuming from step {step}{again}")
@@ -250,14 +261,14 @@ def paired_stderr(influence_b: np.ndarray, influence_a: np.ndarray) -> float:
 def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
     """b minus a for every distance that both runs have measured in the same way, with the error of the difference.
 
-    The same way: kind, sampler, nfe, n, features, reference and step; final lines match whatever their step. Runs of
-    one seed start sample i from the same x_T, so their errors are correlated, and the error of the difference comes
-    from the paired influences. [] if they share no distance. Raises UserError if the seeds differ.
+    The same way: kind, sampler, nfe, n, features, reference, precision and step; final lines match whatever their step.
+    Runs of one seed start sample i from the same x_T, so their errors are correlated, and the error of the difference
+    comes from the paired influences. [] if they share no distance. Raises UserError if the seeds differ.
     """
     a, b = Run(run_a), Run(run_b)
     if a.seed != b.seed:
         raise UserError(f"{run_a} and {run_b} have different seeds, so their samples are not paired")
-    same = ("kind", "sampler", "nfe", "n", "features", "reference")
+    same = ("kind", "sampler", "nfe", "n", "features", "reference", "precision")
 
     def measured(run: Run) -> dict[tuple, dict]:
         return {(None if r["kind"] == "final" else r["step"], *(r[key] for key in same)): r

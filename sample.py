@@ -16,7 +16,7 @@ from data import grid_png
 from diffusion import SAMPLERS
 from errors import UserError, run_script
 from evaluate import sample_images
-from parallel import DEVICE, check_device
+from parallel import DEVICE, check_device, precision
 from runs import load_run
 
 
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default=DEVICE, help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
 
-    config, step, model, ema, diffusion = load_run(args.run_dir, check_device(args.device), args.step)
+    device = check_device(args.device)
+    config, step, model, ema, diffusion = load_run(args.run_dir, device, args.step)
     seed = config.seed if args.seed is None else args.seed
     limits = {"nfe": (args.nfe, 1, diffusion.T), "n": (args.n, 1, MAX_SAMPLES), "seed": (seed, 0, 2**63 - 1),
               "eta": (args.eta or 0, 0, 1)}
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--eta {args.eta}: only DDIM has it")
     options = {} if args.eta is None else {"eta": args.eta}
     samples = sample_images(model if args.raw else ema, diffusion, args.n, args.sampler, args.nfe, seed,
-                            progress="sampling", **options)
+                            precision(config.eval.amp, device), progress="sampling", **options)
     stem = f"step_{step:06d}_{args.sampler}{args.nfe}" + (f"_eta{args.eta:g}" if args.eta else "") + "_raw" * args.raw
     path = (args.out or args.run_dir / "samples") / f"{stem}_n{args.n}_seed{seed}.png"
     path.parent.mkdir(parents=True, exist_ok=True)

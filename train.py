@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+import parallel
 from checkpoint import lock, replace_file, save_checkpoint
 from config import Config, flatten, list_experiments, load_config
 from data import batch_indices, load_images, to_model_range
@@ -35,7 +36,7 @@ from diffusion import Diffusion
 from errors import UserError, run_script
 from fid import feature_network
 from model import UNet
-from parallel import DEVICE, check_device, first, from_first, gathered, in_turn, joined, mean, rank, share, world
+from parallel import DEVICE, first, from_first, gathered, precision, rank, share, world
 from rng import generator, seed_global
 from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, start
 from weighting import loss_weights
@@ -86,10 +87,6 @@ def draw_batch(config: Config, step: int, T: int, images: Tensor) -> tuple[Tenso
     return to_model_range(images[indices]), t, eps
 
 
-def has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def ema_decay(decay: float, step: int) -> float:
     """Decay of update `step` (from 0). It warms up, so that the random initial weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
@@ -102,7 +99,7 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
     """
     x_0, t, eps = draw_batch(config, state.step, diffusion.T, images)
     seed_global(config.seed, f"dropout/{rank()}" if rank() else "dropout", state.step, images.device)
-    bf16 = config.train.amp and has_bf16(images.device)
+    bf16 = precision(config.train.amp, images.device) == "bf16"
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         eps_mse = diffusion.eps_mse(state.network, x_0, t, eps)  # (B,)
     loss = (w[t] * eps_mse).mean()  # the one line in which the arms of the study differ
@@ -114,7 +111,7 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
         decay = ema_decay(config.ema.decay, state.step)
         torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
     state.step += 1
-    loss, mse = mean(torch.stack([loss.detach(), eps_mse.detach().mean()])).unbind()
+    loss, mse = parallel.mean(torch.stack([loss.detach(), eps_mse.detach().mean()])).unbind()
     state.sums += torch.stack([loss, mse, grad_norm, torch.ones_like(loss)])
     return {"loss": loss, "eps_mse": mse, "grad_norm": grad_norm, "t": t}
 
@@ -281,11 +278,12 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
     if args.data_root is not None:
         overrides.append(f"data.root={json.dumps(args.data_root, ensure_ascii=False)}")
-    config, device = load_config(args.exp, overrides=overrides, profile=args.profile), check_device(args.device)
+    config = load_config(args.exp, overrides=overrides, profile=args.profile)
+    device = parallel.check_device(args.device)
     if args.dry_run:
         dry_run(config, device)
         return 0
-    with joined(device):
+    with parallel.joined(device):
         return run(args, config, device)
 
 
@@ -295,13 +293,15 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     if config.train.batch_size % world():
         raise UserError(f"train.batch_size = {config.train.batch_size}: does not split over {world()} processes")
     from_first(lambda: check_start(run_dir, args.resume, args.overwrite))
-    images, test = in_turn(lambda: [load_images(config.data.name, config.data.root, split) for split in (True, False)])
+    images, test = parallel.in_turn(lambda: [load_images(config.data.name, config.data.root, split)
+                                             for split in (True, False)])
     distances = None
     if ev.features != "none":
-        network = in_turn(lambda: feature_network(ev.features, ev.inception_weights, device))
+        network = parallel.in_turn(lambda: feature_network(ev.features, ev.inception_weights, device))
         distances = evaluate.Distances(network, config.data.name, images, test, ev.stats_root)
-    if config.train.amp and not has_bf16(device) and first():
-        print(f"train.amp: {device.type} has no bf16 here, so this run trains in fp32")
+    for key, amp in (("train.amp", config.train.amp), ("eval.amp", ev.amp)):
+        if amp and precision(amp, device) == "fp32" and first():
+            print(f"{key}: {device.type} has no bf16 here, so fp32 is used")
     launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     again = f"{launcher} {shlex.join([arg for arg in sys.argv if arg not in ('--overwrite', '--resume')])} --resume"
     with ExitStack() as stack:

@@ -86,11 +86,11 @@ def weights_for_diffusers(model: UNet) -> dict[str, Tensor]:
 class DiffusersTraining:
     """A training step as diffusers' examples write it: DDPMScheduler, Adam, clip_grad_norm_, EMAModel."""
 
-    def __init__(self, config: Config, images: Tensor, w: Tensor):
-        """images: uint8 (N, 3, 32, 32); w: float32 (T,), the weights of the loss."""
+    def __init__(self, config: Config, images: Tensor, w: Tensor, bf16: bool = False):
+        """images: uint8 (N, 3, 32, 32). w: float32 (T,), the loss weights. bf16: autocast, as accelerate does it."""
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
-        self.config, self.images, self.w = config, images, w
+        self.config, self.images, self.w, self.bf16 = config, images, w, bf16
         self.model = diffusers_unet(config).train()
         self.scheduler = DDPMScheduler(config.diffusion.num_timesteps, beta_start=1e-4, beta_end=0.02,
                                        beta_schedule="linear")
@@ -102,8 +102,9 @@ class DiffusersTraining:
         clean = self.images[indices].float() / 127.5 - 1
         noise = torch.randn(clean.shape)
         timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),))
-        predicted = self.model(self.scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            predicted = self.model(self.scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        loss = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
         loss = (self.w[timesteps] * loss).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
@@ -113,7 +114,7 @@ class DiffusersTraining:
 
 
 @torch.no_grad()
-def diffusers_ddim(model: nn.Module, x_T: Tensor, nfe: int) -> Tensor:
+def diffusers_ddim(model: nn.Module, x_T: Tensor, nfe: int, bf16: bool = False) -> Tensor:
     """uint8 samples from x_T by the loop of diffusers' DDIMPipeline, set to the timesteps and the clipping of ours.
 
     Its scheduler steps from t to t - T // nfe where ours goes to the next timestep of the rounded grid, so that some
@@ -125,7 +126,8 @@ def diffusers_ddim(model: nn.Module, x_T: Tensor, nfe: int) -> Tensor:
     scheduler.set_timesteps(nfe)
     image = x_T
     for t in scheduler.timesteps:
-        predicted = model(image, t).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            predicted = model(image, t).sample.float()
         image = scheduler.step(predicted, t, image, eta=0.0, use_clipped_model_output=True).prev_sample
     return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 

@@ -9,6 +9,7 @@
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -28,10 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers
 from config import Config, load_config
 from data import make_shapes
+from parallel import precision
 from rng import generator
 from weighting import loss_weights
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
+PRECISIONS = ["fp32"] + ["bf16"] * (precision(True, CPU) == "bf16")
 PACKAGES = ("torch", "numpy", "scipy", "diffusers", "pytorch-fid", "torch-fidelity", "torchmetrics", "pyhessian")
 Times = dict[str, list[float]]
 
@@ -60,15 +63,22 @@ def flops_of(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a square fp32 product: the best of several sizes and repeats."""
-    best = 0.0
-    for n in (1024, 1536, 2048):
-        a, b = torch.randn(2, n, n).unbind()
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+@torch.no_grad()
+def kernel_rates() -> dict[str, float]:
+    """FLOP/s of the fastest kernel in each precision: the best of products and 3x3 convolutions of several sizes."""
+    best = {}
+    for name in PRECISIONS:
+        dtype, work = {"fp32": torch.float32, "bf16": torch.bfloat16}[name], []
+        for n in (1024, 2048):
+            a, b = torch.randn(2, n, n).to(dtype).unbind()
+            work.append((partial(torch.matmul, a, b), 2 * n**3))
+        for B, C, H in ((4, 128, 32), (20, 128, 16), (20, 256, 16)):
+            x = torch.randn(B, C, H, H).to(dtype, memory_format=torch.channels_last)
+            conv = torch.nn.Conv2d(C, C, 3, padding=1).to(dtype, memory_format=torch.channels_last)
+            work.append((partial(conv, x), 2 * B * H * H * C * 9 * C))
+        for run, flops in work:
+            seconds = min(interleaved({"run": run}, 8)["run"])
+            best[name] = max(best.get(name, 0.0), flops / seconds)
     return best
 
 
@@ -76,7 +86,8 @@ def row(benchmark: str, work: str, peer: str, ours: list[float], theirs: list[fl
         **more) -> dict:
     """A line of the table from values per round, less being better. gain: median over rounds of theirs / ours.
 
-    more: flops (of one run of ours), step_s (seconds of a training step), images (per run, for images/s), base, batch.
+    more: precision ("fp32" if absent), flops (of one run of ours), step_s (seconds of a training step), images (per
+    run, for images/s), base, batch.
     """
     gains = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     return {"benchmark": benchmark, "work": work, "peer": peer, "unit": unit, "ours": statistics.median(ours),
@@ -123,14 +134,15 @@ def equal_networks(base: int) -> dict:
     return {"base": base, **count, "output_std": a.std().item(), "max_output_difference": difference}
 
 
-def training_pair(base: int, batch: int) -> dict[str, Callable[[], object]]:
+def training_pair(base: int, batch: int, precision: str) -> dict[str, Callable[[], object]]:
     """One training step, ours and diffusers', of the same network on the same images."""
     import train
-    config, images = experiment(base, batch), make_shapes(512)
+    config = experiment(base, batch, f"train.amp={'true' if precision == 'bf16' else 'false'}")
+    images = make_shapes(512)
     state, diffusion = train.new_state(config, CPU)
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
     shake(state.model)
-    peer = peers.DiffusersTraining(config, images, w)
+    peer = peers.DiffusersTraining(config, images, w, precision == "bf16")
     peer.model.load_state_dict(peers.weights_for_diffusers(state.model))
     return {"ours": lambda: train.train_step(config, state, diffusion, w, images), "diffusers": peer}
 
@@ -140,9 +152,12 @@ def training(quick: bool) -> list[dict]:
     for base in (8,) if quick else (32, 64):
         flops = equal_networks(base)["flops_per_image"][0]
         for batch, rounds in ((2, 1),) if quick else ((4, 40 if base == 32 else 25), (64, 4)):
-            times = interleaved(training_pair(base, batch), rounds)
-            rows.append(row("training", f"training step, base {base}, batch {batch}", "diffusers", times["ours"],
-                            times["diffusers"], flops=flops * batch, base=base, batch=batch))
+            pairs = {(side, p): run for p in PRECISIONS for side, run in training_pair(base, batch, p).items()}
+            times = interleaved(pairs, rounds)
+            fp32 = statistics.median(times["diffusers", "fp32"])
+            rows += [row("training", f"training step, base {base}, batch {batch}", "diffusers", times["ours", p],
+                         times["diffusers", p], precision=p, flops=flops * batch, base=base, batch=batch,
+                         of_fp32_peer=statistics.median(times["ours", p]) / fp32) for p in PRECISIONS]
     return rows
 
 
@@ -159,14 +174,18 @@ def sampling(quick: bool) -> list[dict]:
         peer = peers.diffusers_unet(config).eval()
         peer.load_state_dict(peers.weights_for_diffusers(model))
         x_T = torch.randn(n, 3, 32, 32, generator=generator(0, "x_T"))
-        sample_images(model, diffusion, n, "ddim", 1, 0)  # warms up in a fiftieth of a round
-        peers.diffusers_ddim(peer, x_T, 1)
-        times = interleaved({"ours": partial(sample_images, model, diffusion, n, "ddim", nfe, 0),
-                             "diffusers": partial(peers.diffusers_ddim, peer, x_T, nfe)}, rounds, warm_up=False)
+        pairs = {}
+        for p in PRECISIONS:
+            sample_images(model, diffusion, n, "ddim", 1, 0, p)  # warms up in a fiftieth of a round
+            peers.diffusers_ddim(peer, x_T, 1, p == "bf16")
+            pairs["ours", p] = partial(sample_images, model, diffusion, n, "ddim", nfe, 0, p)
+            pairs["diffusers", p] = partial(peers.diffusers_ddim, peer, x_T, nfe, p == "bf16")
+        times = interleaved(pairs, rounds, warm_up=False)
         with torch.no_grad():
             flops = n * flops_of(lambda model=model, x=x_T[:1]: model(x, torch.zeros(1, dtype=torch.int64)))
-        rows.append(row("sampling", f"DDIM, NFE {nfe}, base {base}, {n} images", "diffusers", times["ours"],
-                        times["diffusers"], "images/s", flops=flops * nfe, images=n, base=base))
+        rows += [row("sampling", f"DDIM, NFE {nfe}, base {base}, {n} images", "diffusers", times["ours", p],
+                     times["diffusers", p], "images/s", precision=p, flops=flops * nfe, images=n, base=base)
+                 for p in PRECISIONS]
     return rows
 
 
@@ -315,11 +334,11 @@ BENCHMARKS = {f.__name__: f for f in (training, sampling, inception, distance, c
 
 # ---- goals and the table ----
 
-def finish(rows: list[dict], rate: float) -> None:
+def finish(rows: list[dict], rates: dict[str, float]) -> None:
     """Add to each row its FLOP floor in seconds and our time over it, steps, and rates where the unit is a rate."""
     for r in rows:
         if "flops" in r:
-            r["floor_s"] = r["flops"] / rate
+            r["floor_s"] = r["flops"] / rates[r.get("precision", "fp32")]
             r["over_floor"] = r["ours"] / r["floor_s"]
         if "step_s" in r:
             r["steps"] = [r[side] / r["step_s"] for side in ("ours", "theirs")]
@@ -335,15 +354,15 @@ def goals(rows: list[dict]) -> list[dict]:
         found.append({"goal": text, "value": value, "met": met})
 
     for r in rows:
-        kind, base = r["benchmark"], f"base {r.get('base')}"
+        kind, base, p = r["benchmark"], f"base {r.get('base')}", r.get("precision", "fp32")
         if kind == "training" and r["batch"] == 4:
             part = 1 / r["gain"]
-            goal(f"training step, {base}, batch 4: at most 0.85 of diffusers' time", part, part <= 0.85)
-            if r["base"] == 64:
-                goal(f"training step, {base}, batch 4: at most 2 times the FLOP floor", r["over_floor"],
-                     r["over_floor"] <= 2)
+            goal(f"training step, {base}, batch 4, {p}: at most 0.80 of diffusers' time", part, part <= 0.80)
+            if r["base"] == 64 and p == "bf16":
+                goal(f"training step, {base}, batch 4, bf16: at most 0.60 of diffusers' time in fp32",
+                     r["of_fp32_peer"], r["of_fp32_peer"] <= 0.60)
         elif kind == "sampling":
-            goal(f"sampling, {r['work']}: at least 1.3 times diffusers' images/s", r["gain"], r["gain"] >= 1.3)
+            goal(f"{r['work']}, {p}: at least 1.3 times diffusers' images/s", r["gain"], r["gain"] >= 1.3)
         elif kind == "distance" and r["peer"] == "pytorch-fid":
             goal(f"distance, n = {r['n']}: at least 10 times as fast as pytorch-fid", r["gain"], r["gain"] >= 10)
         elif kind == "curvature" and "both traces" in r["work"]:
@@ -363,7 +382,10 @@ def machine() -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {"cpu": models[0] if models else platform.machine(), "threads": torch.get_num_threads(),
+    from threadpoolctl import threadpool_info
+    blas = [f"{i['internal_api']} {i['version']} ({i.get('architecture')})" for i in threadpool_info()
+            if i["user_api"] == "blas"]
+    return {"cpu": models[0] if models else platform.machine(), "threads": torch.get_num_threads(), "blas": blas,
             "instructions": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(),
             "versions": versions}
 
@@ -373,21 +395,27 @@ def markdown(result: dict) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v)
     lines = ["# Beside the peers", "",
              f"{m['cpu']}, {m['threads']} threads, {m['instructions']}, Python {m['python']}; {versions}. "
-             f"fp32 matrix products: {m['matmul_gflops']:.0f} GFLOP/s, which the floors divide by.", ""]
+             f"numpy's BLAS: {', '.join(m['blas'])}. Fastest kernel: "
+             f"{', '.join(f'{p} {rate:.0f} GFLOP/s' for p, rate in m['gflops'].items())}.", ""]
     if result["quick"]:
         lines += ["`--quick`: tiny sizes, of which no time means anything.", ""]
     lines += ["Medians of interleaved rounds in one process. gain: how many times better ours is, median (range) "
-              "over the rounds. floor: FLOPs over the rate of matrix products. steps: in training steps at batch 4. "
-              "Peers are called as their examples do, so diffusers' step has torch's default Adam, ours the fused "
-              "one.", "",
-              "| work | peer | ours | peer's | gain | rounds | floor | ours / floor | steps: ours, peer's |",
-              "|---|---|---|---|---|---|---|---|---|"]
-    for r in result["rows"]:
-        low, high = r["gain_range"]
-        floor = f"{r['floor_s']:.3g} s | {r['over_floor']:.2f}" if "floor_s" in r else "|"
-        steps = "{:.1f}, {:.1f}".format(*r["steps"]) if "steps" in r else ""
-        lines.append(f"| {r['work']} | {r['peer']} | {r['ours']:.3g} {r['unit']} | {r['theirs']:.3g} {r['unit']} | "
-                     f"{r['gain']:.2f} ({low:.2f} to {high:.2f}) | {r['rounds']} | {floor} | {steps} |")
+              "over the rounds. / floor: our time over that of its FLOPs at the rate of the fastest kernel, a matrix "
+              "product or a 3x3 convolution, measured in the same run. steps: in training steps at batch 4. Peers are "
+              "called as their examples do, so diffusers' step has torch's default Adam, ours the fused one.", ""]
+    header = [f"{p}: ours, peer's | gain | / floor" for p in m["gflops"]]
+    lines += [f"| work | peer | {' | '.join(header)} | rounds | steps: ours, peer's |",
+              "|---" * (4 + 3 * len(header)) + "|"]
+    for work, peer in dict.fromkeys((r["work"], r["peer"]) for r in result["rows"]):
+        same, cells = [r for r in result["rows"] if (r["work"], r["peer"]) == (work, peer)], []
+        for p in m["gflops"]:
+            for r in [r for r in same if r.get("precision", "fp32") == p] or [None]:
+                cells += ["", "", ""] if r is None else [
+                    f"{r['ours']:.3g}, {r['theirs']:.3g} {r['unit']}",
+                    f"{r['gain']:.2f} ({r['gain_range'][0]:.2f} to {r['gain_range'][1]:.2f})",
+                    f"{r['over_floor']:.2f}" if "over_floor" in r else ""]
+        steps = "{:.1f}, {:.1f}".format(*same[0]["steps"]) if "steps" in same[0] else ""
+        lines.append(f"| {work} | {peer} | {' | '.join(cells)} | {same[0]['rounds']} | {steps} |")
     if result["equal_networks"]:
         lines += ["", "The network timed is diffusers' UNet2DModel too:", "",
                   "| base | parameters: ours, theirs | FLOPs per image and step: ours, theirs | outputs differ by |",
@@ -403,17 +431,18 @@ def markdown(result: dict) -> str:
 
 def run(names: list[str], quick: bool) -> dict:
     """Run the benchmarks named; the content of results.json."""
-    rate, rows, networks = matmul_rate(), [], []
+    rates, rows, networks = kernel_rates(), [], []
     if {"training", "sampling"} & set(names):
         networks = [equal_networks(base) for base in ((8,) if quick else (32, 64))]
     for name in names:
         start = time.perf_counter()
         new = BENCHMARKS[name](quick)
-        rate = max(rate, matmul_rate())  # other work on the machine only ever lowers it
+        rates = {p: max(rate, rates[p]) for p, rate in kernel_rates().items()}  # other work only ever lowers them
         rows += new
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    finish(rows, rate)
-    return {"machine": {**machine(), "matmul_gflops": rate / 1e9}, "quick": quick, "equal_networks": networks,
+    finish(rows, rates)
+    gflops = {p: rate / 1e9 for p, rate in rates.items()}
+    return {"machine": {**machine(), "gflops": gflops}, "quick": quick, "equal_networks": networks,
             "rows": rows, "goals": [] if quick else goals(rows)}
 
 
@@ -429,6 +458,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.memory_of:
         memory_of(args.memory_of[0], int(args.memory_of[1]))
         return 0
+    if forced := {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"} & os.environ.keys():
+        print(f"run.py: unset {', '.join(sorted(forced))}: numpy's BLAS is to choose its own kernel", file=sys.stderr)
+        return 2
     try:
         result = run(args.only or list(BENCHMARKS), args.quick)
     except ImportError as error:

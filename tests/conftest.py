@@ -1,6 +1,7 @@
 """What several test files share: networks small enough for seconds, and the folder of real CIFAR-10."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from rng import generator  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 SHAPES = data.SHAPES_TRAIN, data.SHAPES_TEST  # as users get them; see few_images
 
 # A run of seconds: every part of a real run, each as small as it goes.

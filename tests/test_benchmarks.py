@@ -67,19 +67,23 @@ def test_goals_are_read_off_the_rows():
     samples = run.row("sampling", "samples", "diffusers", [4.0], [5.0], "images/s", flops=10, images=20, base=32)
     probes = run.row("curvature", "16 probes, both traces", "PyHessian", [31.0], [60.0], step_s=1.0, base=32)
     rows = [step, samples, probes]
-    run.finish(rows, rate=20.0)
+    run.finish(rows, {"fp32": 20.0})
     assert (samples["ours"], samples["theirs"]) == (5.0, 4.0) and step["over_floor"] == 2.0
     found = [(goal["value"], goal["met"]) for goal in run.goals(rows)]
-    assert found == [(0.5, True), (2.0, True), (1.25, False), (31.0, False)]
+    assert found == [(0.5, True), (1.25, False), (31.0, False)]
 
 
 @pytest.mark.long
-def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "matmul_rate", lambda: 1e11)
+@pytest.mark.parametrize("precisions", [["fp32"], ["fp32", "bf16"]])
+def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch, precisions):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(run, "PRECISIONS", precisions)
+    monkeypatch.setattr(run, "kernel_rates", lambda: dict.fromkeys(run.PRECISIONS, 1e11))
     assert run.main(["--quick", "--only", "training", "--only", "sampling", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["quick"] and result["machine"]["threads"] == 2 and result["machine"]["versions"]["diffusers"]
-    assert [row["benchmark"] for row in result["rows"]] == ["training", "sampling"]
+    assert [(row["benchmark"], row["precision"]) for row in result["rows"]] == [
+        (name, p) for name in ("training", "sampling") for p in precisions]
     for row in result["rows"]:
         assert row.keys() >= COLUMNS and row["ours"] > 0 and row["floor_s"] > 0
     table = (tmp_path / "results.md").read_text()
@@ -87,7 +91,7 @@ def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len([line for line in lines if "| diffusers |" in line]) == 2
     header, rule, *rows = lines[:4]
-    assert {line.count("|") for line in (header, rule, *rows)} == {10}
+    assert {line.count("|") for line in (header, rule, *rows)} == {5 + 3 * len(precisions)}
 
 
 def test_an_absent_peer_is_one_line(tmp_path, capsys, monkeypatch):
@@ -95,7 +99,7 @@ def test_an_absent_peer_is_one_line(tmp_path, capsys, monkeypatch):
         raise ImportError("No module named 'pyhessian'")
 
     monkeypatch.setitem(run.BENCHMARKS, "curvature", absent)
-    monkeypatch.setattr(run, "matmul_rate", lambda: 1e11)
+    monkeypatch.setattr(run, "kernel_rates", lambda: dict.fromkeys(run.PRECISIONS, 1e11))
     assert run.main(["--quick", "--only", "curvature", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "'pyhessian'" in error and "benchmarks/requirements.txt" in error

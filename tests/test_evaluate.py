@@ -228,7 +228,7 @@ def test_distances_in_training(arms):
     metrics = {f"val/{name}{part}" for name in ("fid", "kid")
                for part in ("", "_stderr", "_floor", "_floor_test", "_ceiling")}
     for r, profile in zip(results, [read_jsonl(arms[1] / "per_t.jsonl")[i] for i in (0, 1, 1, 1)], strict=True):
-        assert r.keys() == metrics | {"step", "kind", "sampler", "nfe", "n", "features", "reference",
+        assert r.keys() == metrics | {"step", "kind", "sampler", "nfe", "n", "features", "reference", "precision",
                                       "val/eps_mse_raw", "val/eps_mse_ema"}
         for key in ("eps_mse_raw", "eps_mse_ema"):
             assert r[f"val/{key}"] == pytest.approx(np.mean(profile[key]))

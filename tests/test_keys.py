@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import torch
 from conftest import same, set_flags, tiny_network
 
 import train
@@ -25,7 +26,7 @@ CASES = {
     "model.dropout": ("0.4", "model"), "diffusion.beta_schedule": ("cosine", "model"),
     "diffusion.num_timesteps": ("9", "model"), "loss.weighting": ("constant", "model"), "loss.gamma": ("1", "model"),
     "train.total_steps": ("5", "model"), "train.batch_size": ("3", "model"), "train.lr": ("1e-3", "model"),
-    "train.grad_clip": ("1e-3", "model"), "train.amp": ("false", "model"),
+    "train.grad_clip": ("1e-3", "model"), "train.amp": ("false", "model"), "eval.amp": ("true", "results.jsonl"),
     "train.checkpoint_every": ("5", "previous"), "ema.decay": ("0.1", "ema"), "log.every": ("2", "loss.jsonl"),
     "grid.every": ("2", "grids"), "grid.n": ("3", "grids"), "grid.sampler": ("ddpm", "grids"),
     "grid.nfe": ("3", "grids"),
@@ -58,7 +59,7 @@ def outcome(tmp_path_factory):
             patch.chdir(folder)
             patch.setattr(train, "load_images", images)
             patch.setattr(train, "feature_network", network)
-            patch.setattr(train, "has_bf16", lambda device: bf16)
+            patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
             assert train.main(["--exp", "E2", "--device", "cpu", *set_flags(*BASE, *overrides)]) == 0
         (run_dir,) = (folder / "runs" / "E2").iterdir()
         state = load_checkpoint(run_dir / "checkpoints")
@@ -80,14 +81,18 @@ def test_every_key_has_a_case():
 @pytest.mark.parametrize("key", SETTABLE)
 def test_a_key_changes_what_it_is_for(outcome, key):
     value, what = CASES[key]
-    bf16 = key == "train.amp"  # which acts on hardware that has bf16
+    bf16 = key in ("train.amp", "eval.amp")  # which acts on hardware that has bf16
     also = ["diffusion.num_timesteps=50"] * (key == "eval.profile_t")  # of 10 timesteps both grids have all
     base, other = outcome(*also, bf16=bf16), outcome(*also, f"{key}={value}", bf16=bf16)
     assert not same(base[what], other[what])
     if what != "model":  # nothing that is measured reaches training
         assert same(base["model"], other["model"])
+    if key == "eval.amp":  # the per-t profile and the curvature stay fp32, and the samples say what they are
+        assert base["curvature.jsonl"] == other["curvature.jsonl"] and base["per_t.jsonl"] == other["per_t.jsonl"]
+        assert b'"precision": "bf16"' in other["results.jsonl"] and b'"precision": "fp32"' in base["results.jsonl"]
+        assert base["grids"] != other["grids"]
 
 
 @pytest.mark.filterwarnings("ignore:.*the covariance is singular")
-def test_without_bf16_a_run_trains_in_fp32(outcome):
-    assert same(outcome(bf16=False), outcome("train.amp=false", bf16=True))
+def test_without_bf16_all_is_fp32(outcome):
+    assert same(outcome("eval.amp=true", bf16=False), outcome("train.amp=false", bf16=True))

@@ -48,7 +48,7 @@ def make_run(root, exp, seed=1077, *overrides, frontier_n=(20,)):
         (60, "final", sampler, 50, 30) for sampler in ("ddpm", "ddim")), *(
         (60, "frontier", sampler, nfe, n) for n in frontier_n for nfe in (5, 2) for sampler in ("ddim", "ddpm"))]
     for point in points:
-        r = {"features": config.eval.features, "reference": "R"}
+        r = {"features": config.eval.features, "reference": "R", "precision": "fp32"}
         r |= zip(("step", "kind", "sampler", "nfe", "n"), point, strict=True)
         estimates = {metric_name(metric, r["features"]): Estimate(rng.uniform(100, 200), rng.uniform(1, 9), rng.normal(
             size=r["n"])) for metric in METRICS}

@@ -112,8 +112,9 @@ def make_run(root, exp, seed, fd=100.0, trace=200.0, sets=(), features="lite0", 
     for kind, sampler, value in (("milestone", "ddpm", 3 * fd), ("final", "ddpm", fd), ("final", "ddim", 2 * fd)):
         count, step = (n // 2, total // 2) if kind == "milestone" else (n, total)
         results.append({"step": step, "kind": kind, "sampler": sampler, "nfe": 50, "n": count, "features": features,
-                        "reference": "shapes train", fid: value, f"{fid}_stderr": 1.5, f"{fid}_floor": 7.5,
-                        f"{fid}_floor_test": 8.25, f"{fid}_ceiling": 912.0, kid: value / 100, f"{kid}_stderr": 0.01,
+                        "reference": "shapes train", "precision": "fp32", fid: value, f"{fid}_stderr": 1.5,
+                        f"{fid}_floor": 7.5, f"{fid}_floor_test": 8.25, f"{fid}_ceiling": 912.0, kid: value / 100,
+                        f"{kid}_stderr": 0.01,
                         f"{kid}_floor": None, f"{kid}_floor_test": 0.003, f"{kid}_ceiling": 1.625})
         np.savez(path / "influence" / f"step_{step:06d}_{sampler}50_{features}_n{count}.npz",
                  **{fid: value / 50 * pulls[:count], kid: value / 5000 * pulls[:count]})

@@ -87,6 +87,16 @@ def test_a_resume_refuses_another_config_by_its_key(run_dir, run_train):
     assert Run(run_dir).config.log.every == 1
 
 
+@pytest.mark.parametrize("key", ["train_precision", "sample_precision"])
+def test_a_resume_refuses_another_precision(run_dir, run_train, key):
+    env = json.loads((run_dir / "env.json").read_text())
+    (run_dir / "env.json").write_text(json.dumps(env | {key: "bf16", "device": "fast CPU"}))
+    before = files(run_dir)
+    with pytest.raises(UserError, match=f"{key} bf16.*fp32.*fast CPU"):
+        run_train("E2", flags=["--resume"])
+    assert files(run_dir) == before
+
+
 def test_a_checkpoint_of_another_run_is_refused(run_dir, run_train):
     last = run_dir / "checkpoints" / "last.pt"
     state = load_file(last)
@@ -174,7 +184,7 @@ def measured(path, seed, *lines):
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     for step, kind, n, fid, kid in lines:
         record = {"step": step, "kind": kind, "sampler": "ddim", "nfe": 5, "n": n, "features": "inception",
-                  "reference": "shapes train, n = 9", "val/fid": fid, "val/kid": kid}
+                  "reference": "shapes train, n = 9", "precision": "fp32", "val/fid": fid, "val/kid": kid}
         append_jsonl(path / "results.jsonl", record)
         save_influence(path, record, {"val/fid": Estimate(fid, 0.0, np.arange(n) * fid),
                                       "val/kid": Estimate(kid, 0.0, np.arange(n) * -kid)})

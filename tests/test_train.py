@@ -70,12 +70,13 @@ def test_two_arms_see_the_same_images_t_and_eps(run_train):
 
 # ---- resume ----
 
-@pytest.mark.parametrize("stop", [3, 7, 11])
-def test_a_run_that_ended_anywhere_resumes_to_the_uninterrupted_one(run_train, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize(("stop", "bf16"), [(3, False), (7, False), (11, False), (7, True)])
+def test_a_run_that_ended_anywhere_resumes_to_the_uninterrupted_one(run_train, tmp_path, monkeypatch, stop, bf16):
     """All that a run may write. 5 and 10 have checkpoints, 6 and 12 milestones."""
     monkeypatch.setattr(train, "feature_network", tiny_network)
-    extra = ("curvature.every=2", "curvature.num_probes=2", "eval.features=inception", "eval.n_samples=20",
-             "eval.final_n_samples=30", f"eval.stats_root='{tmp_path}/stats'")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    extra = ("eval.amp=true", "curvature.every=2", "curvature.num_probes=2", "eval.features=inception",
+             "eval.n_samples=20", "eval.final_n_samples=30", f"eval.stats_root='{tmp_path}/stats'")
     whole, real = run_train("E6", *extra, out="whole"), train.train_step
 
     def killed(config, state, *args):
@@ -92,7 +93,9 @@ def test_a_run_that_ended_anywhere_resumes_to_the_uninterrupted_one(run_train, t
     assert len(files) == 5 + 2 + 3
     for file in files - {next(f for f in files if f.name == "timing.jsonl")}:
         assert (whole / file).read_bytes() == (parts / file).read_bytes(), file
-    assert len(json.loads((parts / "env.json").read_text())["resumed"]) == 1
+    env, used = json.loads((parts / "env.json").read_text()), "bf16" if bf16 else "fp32"
+    assert len(env["resumed"]) == 1 and env["train_precision"] == env["sample_precision"] == used
+    assert {r["precision"] for r in read_jsonl(parts / "results.jsonl")} == {used}
     assert same(*(load_file(run / "checkpoints" / "step_000006.pt") for run in (whole, parts)))
 
 

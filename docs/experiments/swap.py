@@ -25,6 +25,7 @@ from diffusion import SAMPLERS
 from errors import UserError, run_script
 from evaluate import Distances, extract_shared, sample_images
 from fid import feature_network
+from parallel import precision
 from runs import load_run, paired_stderr
 
 MUST_AGREE = ("data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "seed")
@@ -70,11 +71,11 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     arms, lines, own, grain_train = {config.exp: first, other.exp: second}, [], None, grain(train)
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
-                                progress=f"{noisy}, {clean}")
+                                precision(config.eval.amp, torch.device(device)), progress=f"{noisy}, {clean}")
         record, estimates = distances.measure(extract_shared(network, samples))
         own = own or (record, estimates)
         line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed,
-                "sampler": sampler, "nfe": nfe, **record}
+                "sampler": sampler, "nfe": nfe, "precision": precision(config.eval.amp, torch.device(device)), **record}
         for name, estimate in estimates.items():
             line |= {f"{name}_difference": record[name] - own[0][name],
                      f"{name}_difference_stderr": paired_stderr(estimate.influence, own[1][name].influence)}
