@@ -56,10 +56,22 @@ def replace_file(path: Path, content: bytes, tag: str = "") -> None:
         raise
 
 
+def canonical(state):
+    """state in new containers and with interned strings, so that equal states are saved as equal bytes.
+
+    pickle writes an object once and then refers to it, so the bytes depend on which equal strings are one object.
+    """
+    if isinstance(state, dict):
+        return {canonical(key): canonical(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(canonical, state))
+    return sys.intern(state) if isinstance(state, str) else state
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write state to path. A last.pt that is already there, and whole, becomes previous.pt."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(canonical(state), buffer)
     payload = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name("next.pt") if path.name == LAST else path

@@ -26,7 +26,9 @@ def to_model_range(x_uint8: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, rounded and clamped; the inverse of to_model_range."""
+    """[-1, 1] -> uint8, rounded and clamped; the inverse of to_model_range. Raises ValueError for NaN and infinity."""
+    if not x.isfinite().all():
+        raise ValueError("images are not finite: NaN has no pixel value")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -178,14 +178,18 @@ class FeatureStats:
         """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises UserError."""
         content = load_npz(path)
         try:
-            mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
+            mu, sigma, sample = content["mu"], content["sigma"], content.get("sample", content["mu"][None])
             n = int(content["n"]) if "n" in content else None
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            d, finite = len(mu), all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma, sample))
+            right = (mu.shape, sigma.shape, sample.shape[1:]) == ((d,), (d, d), (d,)) and (n is None or n > 1)
+            if not (finite and right):
                 raise ValueError
         except (KeyError, ValueError, TypeError):
             holds = {key: array.shape for key, array in content.items()}
-            raise UserError(f"{path}: holds {holds}; expected mu (d,) and sigma (d, d), perhaps a number n") from None
-        stats = cls(len(mu), **{key: str(content[key]) for key in ORIGIN if key in content})
+            raise UserError(f"{path}: holds {holds}; expected finite mu (d,) and sigma (d, d), perhaps n and "
+                            "sample (m, d)") from None
+        stats = cls(d, **{key: str(content[key]) for key in ORIGIN if key in content})
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
         stats.mean, stats.n, stats.sample = mu, n, content.get("sample")
         stats._scatter = sigma if n is None else sigma * (n - 1)
         if stats.features is None:

@@ -104,6 +104,8 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
         if not (resume or overwrite):
             raise UserError(f"{run_dir}: {'a finished' if Run(run_dir).finished else 'an unfinished'} run; --resume "
                             "continues it, --overwrite deletes it, --out DIR writes elsewhere")
+    elif not_folder := [path for path in (run_dir, *run_dir.parents) if path.exists() and not path.is_dir()]:
+        raise UserError(f"{not_folder[0]}: is not a folder; give another --out")
     elif run_dir.exists() and not {path.name for path in run_dir.iterdir()} <= {LOCK, "config.json.tmp"}:
         raise UserError(f"{run_dir}: exists and is not a run directory (no config.json); give another --out")
 
@@ -146,7 +148,9 @@ def resumable(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict 
         raise UserError(f"{run_dir}: its logs reach step {reached}, but its checkpoints are gone; put them back, or "
                         "--overwrite the run")
     old, new = flatten(started), flatten(config)
-    for key in ("exp", *SETTABLE):
+    if started.exp != config.exp:
+        raise UserError(f"{run_dir}: its checkpoint is one of {started.exp}, not of {config.exp}; give another --out")
+    for key in SETTABLE:
         if old[key] != new[key] and key not in MAY_CHANGE:
             raise UserError(f"{run_dir}: was started with {key} = {json.dumps(old[key])}, this command has "
                             f"{json.dumps(new[key])}; give --set '{key}={json.dumps(old[key])}', or another --out")
@@ -206,7 +210,10 @@ def read_checkpoint(run_dir: Path, device="cpu", step: int | None = None) -> tup
         kept = ", ".join(sorted(path.stem.removeprefix("step_") for path in path.parent.glob("step_*.pt")))
         raise UserError(f"{run_dir}: no weights of step {step}; it has kept {kept or 'none'}")
     state = load_checkpoint(path.parent, device) if step is None else load_file(path, device)
-    return config_from_dict(state["config"], f"{run_dir}: checkpoint"), state
+    config = config_from_dict(state["config"], f"{run_dir}: checkpoint")
+    if not 0 <= state["step"] <= config.train.total_steps:
+        raise UserError(f"{path}: step {state['step']} is not one of its {config.train.total_steps} steps")
+    return config, state
 
 
 @contextmanager
@@ -235,6 +242,8 @@ def load_run(run_dir: Path, device, step: int | None = None) -> Loaded:
     with fits_config(run_dir):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
+    if not all(p.isfinite().all() for network in (model, ema) for p in network.parameters()):
+        raise UserError(f"{run_dir}: the weights of step {state['step']} are not finite; give an earlier --step")
     return Loaded(config, state["step"], model.eval(), ema.eval(), diffusion)
 
 
