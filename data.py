@@ -26,9 +26,12 @@ def to_model_range(x_uint8: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, rounded and clamped; the inverse of to_model_range. Raises ValueError for NaN and infinity."""
+    """[-1, 1] -> uint8, rounded and clamped; the inverse of to_model_range.
+
+    Raises FloatingPointError for NaN and infinity, which a cast would turn into pixels.
+    """
     if not x.isfinite().all():
-        raise ValueError("images are not finite: NaN has no pixel value")
+        raise FloatingPointError("the network has returned values that are not finite: they make no image")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

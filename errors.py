@@ -28,13 +28,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """Exit with main()'s status. A UserError or a system error becomes one line on stderr and status 2."""
+    """Exit with main()'s status. A UserError, a system error or a lack of memory becomes one line and status 2."""
     name = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
     warnings.formatwarning = lambda message, *_, **__: f"{name}: warning: {one_line(message)}\n"
     try:
         sys.exit(main())
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a UserError: once, by rank 0
             print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -55,11 +55,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: int, seed: int,
-                  precision: str = "fp32", progress: str | None = None, **options) -> Tensor:
+                  precision: str = "fp32", label: str = "samples", **options) -> Tensor:
     """n samples, uint8 (n, 3, 32, 32) on the CPU, drawn in chunks whose noise depends only on (seed, chunk).
 
     sampler: a key of SAMPLERS, which may take further options (DDIM: eta). precision: "fp32", or "bf16" for the network
-    alone. progress: label of a bar. Chunk i starts from the same x_T whatever the model, sampler and nfe, so that two
+    alone. label: of the progress bar. Chunk i starts from the same x_T whatever the model, sampler and nfe, so that two
     arms can be paired sample by sample.
     """
     device = next(model.parameters()).device
@@ -75,13 +75,13 @@ def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: 
         return to_uint8(SAMPLERS[sampler](in_batches, diffusion, x_T, nfe, generator=noise, **options)).cpu()
 
     with eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return torch.cat(map_shared(chunk, math.ceil(n / CHUNK), progress))
+        return torch.cat(map_shared(chunk, math.ceil(n / CHUNK), label))
 
 
-def extract_shared(network: nn.Module, images: Tensor, progress: str | None = None) -> np.ndarray:
+def extract_shared(network: nn.Module, images: Tensor, label: str = "features") -> np.ndarray:
     """Features of uint8 images (N, 3, H, W), float32 (N, network.dim), a chunk of images at a time."""
     chunks = images.split(CHUNK)
-    return torch.cat(map_shared(lambda i: extract(network, chunks[i]), len(chunks), progress)).numpy()
+    return torch.cat(map_shared(lambda i: extract(network, chunks[i]), len(chunks), label)).numpy()
 
 
 # ---- per-t profile and curvature ----
@@ -109,7 +109,7 @@ def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor, ts: list[in
         return total / len(images)
 
     with eval_mode(model):
-        return map_shared(mse_at, len(ts))
+        return map_shared(mse_at, len(ts), "per-t profile")
 
 
 def profile_record(config: Config, step: int, model: UNet, ema: UNet, diffusion: Diffusion, images: Tensor) -> dict:
@@ -138,7 +138,7 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
         return quadratic_forms(losses, params, rademacher(params, rng)).cpu(), t
 
     with eval_mode(model):
-        forms, t = (torch.stack(parts) for parts in zip(*map_shared(probe, P), strict=True))  # each (P, B)
+        forms, t = (torch.stack(parts) for parts in zip(*map_shared(probe, P, "curvature"), strict=True))  # each (P, B)
     w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).cpu()
     record = {"step": step, "num_probes": P, "batch_size": B,
               "curvature/snr_mean_samples": diffusion.snr.cpu()[t].mean(dim=1).tolist()}
@@ -188,7 +188,7 @@ class Distances:
         stats = self.cached
         if stats is None:
             stats = FeatureStats(self.network.dim, **self.origin)
-            features = extract_shared(self.network, self.train, progress=f"{self.reference_path.name}, once")
+            features = extract_shared(self.network, self.train, f"{self.reference_path.name}, once")
             for part in np.split(features, range(1000, len(features), 1000)):
                 stats.update(part)
             stats.sample = features[:SAMPLE]
@@ -196,7 +196,7 @@ class Distances:
                 self.root.mkdir(parents=True, exist_ok=True)
                 stats.save(self.reference_path)
         if stats.sample is None:  # statistics published elsewhere
-            stats.sample = extract_shared(self.network, self.train[:SAMPLE], progress="reference of KID")
+            stats.sample = extract_shared(self.network, self.train[:SAMPLE], "reference of KID")
         return stats
 
     def estimates(self, features: np.ndarray) -> dict[str, Estimate]:
@@ -216,7 +216,7 @@ class Distances:
             noise = torch.randint(256, (n, *self.train.shape[1:]), dtype=torch.uint8, generator=generator(0, "ceiling"))
             cached[str(n)] = context = {}
             for kind, images in {"floor": self.train[:n], "floor_test": self.test[:n], "ceiling": noise}.items():
-                features = extract_shared(self.network, images, progress=f"{kind} at n = {n}, once")
+                features = extract_shared(self.network, images, f"{kind} at n = {n}, once")
                 for name, estimate in self.estimates(features).items():
                     context[f"{name}_{kind}"] = estimate.value if len(images) == n else None
             context[metric_name("kid", self.network.name) + "_floor"] = None
@@ -251,8 +251,8 @@ def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusio
     """
     @lru_cache(maxsize=2)
     def features(sampler: str, nfe: int, n: int, precision: str) -> np.ndarray:
-        samples = sample_images(ema, diffusion, n, sampler, nfe, seed, precision, progress=f"{sampler} {nfe}")
-        return extract_shared(distances.network, samples, progress="features")
+        samples = sample_images(ema, diffusion, n, sampler, nfe, seed, precision, f"{sampler} {nfe}")
+        return extract_shared(distances.network, samples)
 
     def fields(point: dict) -> dict:
         sampler, nfe, n = point["sampler"], point["nfe"], point["n"]
@@ -269,10 +269,11 @@ def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusio
 
 
 def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, diffusion: Diffusion, images: Tensor,
-            held_out: Tensor, distances: Distances | None) -> None:
+            held_out: Tensor, distances: Distances | None) -> list[dict]:
     """During training: write to run_dir what is due at this step and not there yet. Changes nothing else.
 
-    images, held_out: uint8 (N, 3, 32, 32), for the curvature and for the per-t profile.
+    Returns the lines of results.jsonl with distances. images, held_out: uint8 (N, 3, 32, 32), for the curvature and
+    for the per-t profile.
     """
     ev, grid, last = config.eval, config.grid, step == config.train.total_steps
     used = precision(ev.amp, images.device)
@@ -288,17 +289,26 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
     due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     due += [("final", sampler, ev.final_n_samples) for sampler in ev.final_samplers] if last else []
     if not due:
-        return
+        return []
     profile = logged(run_dir / "per_t.jsonl", {"step": step},
                      lambda: profile_record(config, step, model, ema, diffusion, held_out))
     means = {f"val/{key}": sum(profile[key]) / len(profile[key]) for key in ("eps_mse_raw", "eps_mse_ema")}
     if distances is None:
         for kind in dict.fromkeys(kind for kind, _, _ in due):
             logged(run_dir / "results.jsonl", {"step": step, "kind": kind}, lambda: means)
-        return
+        return []
     points = [{"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, "n": n, "precision": used,
                "features": ev.features} for kind, sampler, n in due]
-    list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means))
+    return list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means))
+
+
+def sentence(r: dict) -> str:
+    """The Frechet distance of a line of results.jsonl, with what it is to be held against."""
+    key = metric_name("fd", r["features"])
+    context = [f"{what} {r[f'{key}_{end}']:.1f}" for end, what in (("floor", "training images"), ("ceiling", "noise"))
+               if r[f"{key}_{end}"] is not None]
+    return (f"{r['sampler'].upper()} {r['nfe']}, n = {r['n']:,}: {key} {r[key]:.1f} +- {r[f'{key}_stderr']:.1f}"
+            + f" ({', '.join(context)})" * bool(context))
 
 
 # ---- the command ----

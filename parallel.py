@@ -4,7 +4,8 @@ Random draws are made for the whole batch and cut by process. Process 0 alone re
 """
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -106,8 +107,27 @@ def in_turn(value: Callable):
     return own if first() else value()
 
 
-def map_shared(function: Callable, count: int, progress: str | None = None) -> list:
-    """[function(0), ..., function(count - 1)]; the processes share the calls. progress: label of a bar, if any."""
-    hidden = None if progress and first() else True  # None: shown in a terminal
-    parts = gathered([function(i) for i in tqdm(range(rank(), count, world()), progress, leave=False, disable=hidden)])
+class Lines:
+    """A file for tqdm that makes a line of each update: without a terminal a bar cannot be drawn over."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(steps: Iterable | None, label: str, **options) -> tqdm:
+    """A progress bar of process 0; without a terminal a line each minute, the first after half a minute."""
+    if not first():
+        options["disable"] = True
+    elif not sys.stderr.isatty():
+        options |= {"file": Lines(), "delay": 30, "mininterval": 60}
+    return tqdm(steps, label, **options)
+
+
+def map_shared(function: Callable, count: int, label: str) -> list:
+    """[function(0), ..., function(count - 1)]; the processes share the calls. label: of the progress bar."""
+    parts = gathered([function(i) for i in bar(range(rank(), count, world()), label, leave=False)])
     return [parts[i % world()][i // world()] for i in range(count)]

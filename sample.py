@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--eta {args.eta}: only DDIM has it")
     options = {} if args.eta is None else {"eta": args.eta}
     samples = sample_images(model if args.raw else ema, diffusion, args.n, args.sampler, args.nfe, seed,
-                            precision(config.eval.amp, device), progress="sampling", **options)
+                            precision(config.eval.amp, device), **options)
     stem = f"step_{step:06d}_{args.sampler}{args.nfe}" + (f"_eta{args.eta:g}" if args.eta else "") + "_raw" * args.raw
     path = (args.out or args.run_dir / "samples") / f"{stem}_n{args.n}_seed{seed}.png"
     path.parent.mkdir(parents=True, exist_ok=True)

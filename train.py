@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import evaluate
 import parallel
@@ -118,7 +117,8 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
 
 def check_finite(state: State) -> None:
     """Raise FloatingPointError if a loss or gradient since the last log line, or a weight, is not finite."""
-    if not (state.sums.isfinite().all() and all(p.isfinite().all() for p in state.model.parameters())):
+    weights = (*state.model.parameters(), *state.ema.parameters())
+    if not (state.sums.isfinite().all() and all(p.isfinite().all() for p in weights)):
         raise FloatingPointError(f"step {state.step}: loss, gradient or weights are not finite, at this step or in the "
                                  f"{int(state.sums[3])} steps since the last log line")
 
@@ -182,11 +182,13 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
         start, kept = time.perf_counter(), checkpoint_path(run_dir, state.step)
         if (state.step % every == 0 or state.step == total) and not from_first(kept.exists):
             save(kept, {key: value for key, value in state.state_dict().items() if key in ("step", "model", "ema")})
-        evaluate.measure(config, run_dir, state.step, state.model, state.ema, diffusion, images, held_out, distances)
+        lines = evaluate.measure(config, run_dir, state.step, state.model, state.ema, diffusion, images, held_out,
+                                 distances)
+        for line in lines if first() else []:
+            progress.write(f"{config.exp}: step {line['step']}, {evaluate.sentence(line)}")
         seconds["seconds/measure"] += time.perf_counter() - start
 
-    with stop_requests() as asked, tqdm(total=total, initial=state.step, desc=config.exp,
-                                        disable=None if first() else True) as progress:
+    with stop_requests() as asked, parallel.bar(None, config.exp, total=total, initial=state.step) as progress:
         if state.step:
             measure()  # what the last run did not finish
         while state.step < total:
@@ -200,7 +202,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                 record = log_record(state, diffusion, w, batch)
                 if first():
                     append_jsonl(run_dir / "loss.jsonl", record)
-                progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}")
+                progress.set_postfix(loss=f"{record['train/loss_mean']:.4f}", refresh=False)
             if step % config.train.checkpoint_every == 0 or step % every == 0 or done:
                 save(checkpoint_path(run_dir), state.state_dict())
             if done or any(n and step % n == 0 for n in (every, config.grid.every, config.curvature.every)):
@@ -318,11 +320,13 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
                       "log.every=1", file=sys.stderr)
             return 1
         except OSError as error:
-            raise UserError(f"{error}; resume with: {again}") from error
+            started = (run_dir / "config.json").is_file()
+            raise UserError(f"{error}; resume with: {again}" if started else error) from error
     if number and first():
         print(f"train.py: stopped by {signal.Signals(number).name}; resume with: {again}", file=sys.stderr)
     elif first():
-        print(f"{config.exp}: {config.train.total_steps} steps done; see {run_dir}")
+        print(f"{config.exp}: {config.train.total_steps} steps done. Samples: {max((run_dir / 'grids').iterdir())}\n"
+              f"More of them: python sample.py {run_dir}")
     return 128 + number if number else 0
 
 

@@ -151,7 +151,7 @@ def test_a_stop_request_waits_for_the_measurement_and_a_second_one_does_not(whol
         for _ in range((1 + twice) * (step == 20)):  # a milestone, at which no other checkpoint is due
             assert load_checkpoint(run_dir / "checkpoints")["step"] == step
             signal.raise_signal(signal.SIGINT)
-        real(config, run_dir, step, *args)
+        return real(config, run_dir, step, *args)
 
     for twice in (False, True):
         command, run_dir = flags(tmp_path / str(twice)), tmp_path / str(twice) / "smoke" / "seed1077"

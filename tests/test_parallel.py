@@ -101,7 +101,7 @@ train.train_step = checked
     status, out, err = finish(start(2, tmp_path / "runs", *everything(tmp_path), before=before))
     run_dir = tmp_path / "runs" / "smoke" / "seed1077"
     assert status == 0, err
-    assert out.count("12 steps done") == out.count("trains in fp32") == 1
+    assert out.count("12 steps done") == out.count("fp32 is used") == 1
     assert json.loads((run_dir / "env.json").read_text())["processes"] == 2
     one, two = logs(alone), logs(run_dir)
     assert {name: len(lines) for name, lines in two.items()} == {"loss": 6, "per_t": 2, "curvature": 2, "results": 3}
@@ -176,7 +176,8 @@ def test_one_process_is_the_identity(monkeypatch):
     assert (parallel.rank(), parallel.world(), parallel.first()) == (0, 1, True)
     x = torch.tensor([1.0])
     assert parallel.mean(x) is x and parallel.gathered(3) == [3] and parallel.from_first(lambda: 4) == 4
-    assert parallel.map_shared(lambda i: i * i, 4) == [0, 1, 4, 9] and range(6)[parallel.share(6)] == range(6)
+    assert parallel.map_shared(lambda i: i * i, 4, "squares") == [0, 1, 4, 9]
+    assert range(6)[parallel.share(6)] == range(6)
     assert parallel.in_turn(lambda: 5) == 5 and parallel.check_device("cpu") == torch.device("cpu")
     for name in ("cuda:77", "gpu"):
         with pytest.raises(UserError, match=f"--device {name}"):

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, same, set_flags, tiny_network
 
 import train
-from checkpoint import load_checkpoint, load_file
+from checkpoint import load_checkpoint
 from config import load_config
 from data import make_shapes
 from errors import UserError

@@ -71,7 +71,7 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     arms, lines, own, grain_train = {config.exp: first, other.exp: second}, [], None, grain(train)
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
-                                precision(config.eval.amp, torch.device(device)), progress=f"{noisy}, {clean}")
+                                precision(config.eval.amp, torch.device(device)), f"{noisy}, {clean}")
         record, estimates = distances.measure(extract_shared(network, samples))
         own = own or (record, estimates)
         line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed,
