@@ -5,6 +5,7 @@ states every key. So this file holds types and ranges, and no default values.
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from weighting import WEIGHTINGS
 EXPERIMENTS = Path(__file__).with_name("experiments.toml")
 TABLES = ("defaults", "experiments", "profiles", "figures", "comparisons")
 MAX_SAMPLES = 1_000_000
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)  # of experiments, figures and comparisons: they name files
 
 
 class ConfigError(UserError, ValueError):
@@ -131,6 +133,8 @@ def flatten(config: Config | dict, prefix: str = "") -> dict[str, object]:
 
 def _conflicts(config: Config):
     """Yield (key, reason) for values that are in range alone but not together."""
+    if not NAME.fullmatch(config.exp):
+        yield "exp", f"{config.exp!r} must be made of letters, digits and ._-"
     base = config.model.base_channels
     groups = min(32, base // 4)
     if base % 2 or base % groups:
@@ -188,11 +192,18 @@ def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
     tables = _read(path)
     for inner, table in tables[name].items():
         where = f"{Path(path).name}: [{name}.{inner}]"
+        if not NAME.fullmatch(inner):
+            raise ConfigError(f"{where}: the name must be made of letters, digits and ._-")
         for key in table:
             check_name(key, keys, where)
         for exp in table.get("runs", []):
             check_name(exp, tables["experiments"], f"{where}: runs")
     return tables[name]
+
+
+def default(key: str, path: str | Path = EXPERIMENTS) -> object:
+    """The value of a key in [defaults]."""
+    return flatten(_read(path)["defaults"])[key]
 
 
 def list_experiments(path: str | Path = EXPERIMENTS) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import lock, replace_file
-from config import MAX_SAMPLES, Config
+from config import MAX_SAMPLES, Config, default
 from curvature import quadratic_forms, rademacher, summarise
 from data import grid_png, load_images, to_model_range, to_uint8
 from diffusion import SAMPLERS, Diffusion, spaced_timesteps
@@ -329,12 +329,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="a milestone of the run; its last checkpoint by default")
     parser.add_argument("--seed", type=int, help="of the samples of --distance; the run's by default")
     parser.add_argument("--features", choices=FEATURES, help="the run's by default, else inception")
-    parser.add_argument("--weights", help="Inception weights; the run's by default")
+    parser.add_argument("--weights", help="Inception weights; torch.hub's cache or download by default")
     parser.add_argument("--sampler", choices=SAMPLERS, help="the run's by default; of --frontier all")
     parser.add_argument("--nfe", type=int, help="the run's by default")
     parser.add_argument("--n", type=int, help="number of samples; the run's milestone number by default")
-    parser.add_argument("--data-root", help="where CIFAR-10 lies; the run's by default, else data")
-    parser.add_argument("--stats-root", help="folder of reference statistics; the run's by default, else stats")
+    # Not the run's paths by default: a run may come from somebody else, and these folders are written to.
+    parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
+    parser.add_argument("--stats-root", help=f"folder of reference statistics; default {default('eval.stats_root')}")
     parser.add_argument("--device", default=DEVICE, help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     if (args.run_dir is None) == (args.stats is None):
@@ -347,16 +348,16 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} has no effect here; see the examples of --help")
     if args.n is not None and not 2 <= args.n <= MAX_SAMPLES:
         parser.error(f"--n {args.n}: must be from 2 to {MAX_SAMPLES}")
-    device = check_device(args.device)
+    device, stats_root = check_device(args.device), args.stats_root or default("eval.stats_root")
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
-        images = [load_images(args.stats, args.data_root or "data", train) for train in (True, False)]
-        distances, n = Distances(network, args.stats, *images, args.stats_root or "stats"), args.n or 5000
+        images = [load_images(args.stats, args.data_root, train) for train in (True, False)]
+        distances, n = Distances(network, args.stats, *images, stats_root), args.n or 5000
         print(json.dumps({"n": n, **distances.origin, "reference_n": distances.reference.n, **distances.context(n)}))
         return 0
     config, step, model, ema, diffusion = load_run(args.run_dir, device, args.step)
     ev = config.eval
-    train, test = (load_images(config.data.name, args.data_root or config.data.root, split) for split in (True, False))
+    train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
     if args.curvature:
         print(json.dumps(curvature_record(config, step, model, diffusion, train.to(device))))
         return 0
@@ -371,8 +372,8 @@ def main(argv: list[str] | None = None) -> int:
     nfes = args.frontier or [ev.nfe if args.nfe is None else args.nfe]
     if min(nfes) < 1 or max(nfes) > diffusion.T:
         raise UserError(f"NFE {', '.join(map(str, nfes))}: must be from 1 to T = {diffusion.T}")
-    network = feature_network(features, args.weights or ev.inception_weights, device)
-    distances = Distances(network, config.data.name, train, test, args.stats_root or ev.stats_root)
+    network = feature_network(features, args.weights or default("eval.inception_weights"), device)
+    distances = Distances(network, config.data.name, train, test, stats_root)
     seed = config.seed if args.seed is None else args.seed
     samplers = [args.sampler] if args.sampler else SAMPLERS if args.frontier else [ev.sampler]
     named = {"step": step, "kind": "frontier"} if args.frontier else {"step": step, "seed": seed}

@@ -211,13 +211,16 @@ def arms(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(capsys):
-    """What evaluate.py prints, one record a line."""
+def command(capsys, tmp_path, monkeypatch):
+    """What evaluate.py prints, one record a line. It writes to this folder's `stats`, never where the run says."""
+    monkeypatch.chdir(tmp_path)
+
     def run(*args):
         capsys.readouterr()
         assert evaluate.main([*map(str, args), "--device", "cpu"]) == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    return run
+    yield run
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs", "stats"}
 
 
 def test_distances_in_training(arms):
