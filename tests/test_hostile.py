@@ -1,0 +1,234 @@
+"""Files that a stranger made: each is refused in one line that names it, or accepted and right. Nothing is written.
+
+The inputs are drawn from a fixed seed, so a failure repeats.
+"""
+
+import copy
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALLEST, set_flags, tiny_network
+
+import evaluate
+import plots
+import sample
+import train
+from checkpoint import load_file, save_checkpoint
+from config import EXPERIMENTS, ConfigError, load_config, load_tables
+from data import to_uint8
+from errors import UserError
+from fid import FeatureStats
+from runs import Run, load_run, read_jsonl
+
+RUN = *SMALLEST, "train.total_steps=2", "log.every=1"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hostile")
+    train.main(["--exp", "smoke", "--device", "cpu", "--out", str(root), *set_flags(*RUN)])
+    return root / "smoke" / "seed1077"
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(trained, tmp_path / "runs" / "smoke" / "seed1077")
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def edit(run_dir, change):
+    """Replace both checkpoints by changed ones with a right digest, as somebody could who wants to."""
+    for path in (run_dir / "checkpoints").glob("*.pt"):
+        state = load_file(path)
+        save_checkpoint(run_dir / "new.pt", change(state) or state)
+        (run_dir / "new.pt").replace(path)
+
+
+def resume(run_dir):
+    return train.main(["--exp", "smoke", "--device", "cpu", "--out", str(run_dir.parents[1]), "--resume",
+                       *set_flags(*RUN)])
+
+
+def weight(state, network, value):
+    state[network]["conv_in.weight"][0, 0, 0, 0] = value
+
+
+CHECKPOINTS = {
+    **{f"step {step}": lambda s, step=step: s.update(step=step)
+       for step in (-5, -1, 3, 10**18, 2**70, "2", 600.5, True, None, [2], torch.tensor(2))},
+    **{f"{network} {value}": lambda s, n=network, v=value: weight(s, n, v)
+       for network in ("model", "ema") for value in (float("nan"), float("inf"), float("-inf"))},
+    **{f"{network} {value!r}": lambda s, n=network, v=value: s.update({n: v})
+       for network in ("model", "ema") for value in ([], {}, 3, None, "weights", {"conv_in.weight": 5})},
+    **{f"without {key}": lambda s, key=key: s.pop(key) and None for key in ("model", "ema", "config", "step")},
+    "another shape": lambda s: s["ema"].update({"conv_in.weight": torch.zeros(2, 3, 3, 3)}),
+    "config a list": lambda s: s.update(config=[1]),
+    "config without loss": lambda s: s["config"].pop("loss") and None,
+    "config of 10^9 channels": lambda s: s["config"]["model"].update(base_channels=10**9),
+    "config of NaN": lambda s: s["config"]["train"].update(lr=float("nan")),
+    "config with a foreign key": lambda s: s["config"].update(command="rm"),
+    "config with a path as name": lambda s: s["config"].update(exp="../../x"),
+    "a list": lambda s: [s], "a number": lambda s: 7,
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_validated(run_dir, name):
+    edit(run_dir, CHECKPOINTS[name])
+    before = files(run_dir)
+    for use in (lambda: load_run(run_dir, "cpu"), lambda: load_run(run_dir, "cpu", 2),
+                lambda: sample.main([str(run_dir), "--n", "1", "--nfe", "1", "--device", "cpu"]),
+                lambda: evaluate.main([str(run_dir), "--device", "cpu"])):
+        with pytest.raises(UserError, match="seed1077|smoke"):
+            use()
+    assert files(run_dir) == before
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name.startswith(("step", "config", "a "))])
+def test_a_resume_validates_it_too(run_dir, name):
+    edit(run_dir, CHECKPOINTS[name])
+    before = files(run_dir)
+    with pytest.raises(UserError):
+        resume(run_dir)
+    assert files(run_dir) == before
+
+
+def test_a_run_whose_average_is_not_finite_is_not_done(run_dir):
+    (run_dir / "done.json").unlink()
+    edit(run_dir, lambda s: weight(s, "ema", float("nan")))
+    assert resume(run_dir) == 1 and not (run_dir / "done.json").exists()
+
+
+def npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+GOOD = {"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array(10)}
+STATISTICS = {
+    **{f"n = {n!r}": {"n": np.array(n)} for n in ("abc", [1, 2], -3, 0, 1, float("nan"), 1j, "")},
+    **{f"mu of {mu.dtype} {mu.shape}": {"mu": mu} for mu in (
+        np.array(["a", "b", "c"]), np.zeros(3, complex), np.zeros((3, 1)), np.zeros(()), np.zeros(4), np.zeros(0),
+        np.array([0, np.nan, 0]), np.array([0, np.inf, 0]), np.zeros(3, bool))},
+    **{f"sigma of {sigma.dtype} {sigma.shape} {i}": {"sigma": sigma} for i, sigma in enumerate((
+        np.eye(2), np.zeros(3), np.full((3, 3), np.nan), np.eye(3).astype(complex), np.eye(3).astype(str)))},
+    "sample of another dimension": {"sample": np.zeros((4, 2), np.float32)},
+    "sample of NaN": {"sample": np.full((4, 3), np.nan, np.float32)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*unknown origin")
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_validated(tmp_path, name):
+    FeatureStats.load(npz(tmp_path / "good.npz", **GOOD))
+    with pytest.raises(UserError, match=r"bad\.npz"):
+        FeatureStats.load(npz(tmp_path / "bad.npz", **GOOD | STATISTICS[name]))
+
+
+def test_bytes_of_noise_are_no_statistics(tmp_path):
+    rng, good = random.Random(0), npz(tmp_path / "good.npz", **GOOD).read_bytes()
+    for i in range(40):
+        content = bytearray(good)
+        for _ in range(rng.randint(1, 30)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        (tmp_path / "bad.npz").write_bytes(content[:rng.randint(1, len(content))] if i % 2 else content)
+        try:
+            stats = FeatureStats.load(tmp_path / "bad.npz")
+        except UserError:
+            continue
+        assert np.isfinite(stats.mean).all() and np.isfinite(stats.cov).all()
+
+
+NAMES = ["../../x", "/tmp/x", "a/b", "", ".", "..", ".hidden", "a b", "a\nb", "\0", "$\\frac{$", "ü", "-flag"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("table", ["experiments", "figures", "comparisons"])
+def test_a_name_cannot_be_a_path(tmp_path, name, table):
+    text = {"experiments": 'extends = "smoke"\ntitle = "t"\nquestion = "q?"', "figures": 'kind = "snr_vs_t"',
+            "comparisons": 'title = "t"\nruns = ["E1", "E2"]'}[table]
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{EXPERIMENTS.read_text()}\n[{table}.{json.dumps(name)}]\n{text}\n")
+    with pytest.raises(ConfigError, match="letters, digits"):
+        load_config(name, path) if table == "experiments" else load_tables(table, path)
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "[" * 3000 + "]" * 3000, "{a=" * 2000, '"' * 5, "1e999", "nan", "0x",
+                                   "\n"])
+def test_an_override_that_is_no_value(value):
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        load_config("E1", overrides=[f"train.lr={value}"])
+
+
+def test_a_toml_of_brackets(tmp_path):
+    (tmp_path / "mine.toml").write_text("a = " + "[" * 5000)
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        load_config("E1", tmp_path / "mine.toml")
+
+
+def test_a_run_with_formulas_for_a_name_is_refused_by_figures(run_dir):
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"exp": "$\\frac{$"}))
+    with pytest.raises(UserError, match=r"config\.json"):
+        plots.draw("grad_norm", ["smoke"], run_dir.parents[1])
+
+
+def test_bytes_of_noise_in_logs_and_config(run_dir):
+    """A reader gets records, or one line that names the file."""
+    rng = random.Random(1)
+    for name in ("config.json", "loss.jsonl", "results.jsonl"):
+        good = (run_dir / name).read_bytes()
+        for _ in range(20):
+            content = bytearray(good)
+            for _ in range(rng.randint(1, 5)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            (run_dir / name).write_bytes(content)
+            try:
+                Run(run_dir)
+                assert all(type(r["step"]) is int for r in read_jsonl(run_dir / "loss.jsonl"))
+            except UserError as error:
+                assert "json" in str(error) and "\n" not in str(error)
+        (run_dir / name).write_bytes(good)
+
+
+def test_a_foreign_run_does_not_choose_where_is_written(run_dir, tmp_path):
+    config = json.loads((run_dir / "config.json").read_text())
+    config["eval"]["stats_root"], config["data"]["root"] = str(tmp_path / "theirs"), str(tmp_path / "theirs")
+    (run_dir / "config.json").write_text(json.dumps(config))
+    edit(run_dir, lambda s: s.update(config=copy.deepcopy(config)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "feature_network", tiny_network)
+        patch.setattr(evaluate, "load_images", lambda name, root, split=True: torch.randint(
+            256, (30, 3, 32, 32), dtype=torch.uint8) if root == "data" else pytest.fail(f"reads {root}"))
+        assert evaluate.main([str(run_dir), "--distance", "--features", "inception", "--n", "4", "--nfe", "1",
+                              "--device", "cpu"]) == 0
+    assert (tmp_path / "stats").is_dir() and not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("out", ["README.md", "README.md/deeper"])
+def test_a_file_is_no_place_for_a_run(tmp_path, monkeypatch, out):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"README\.md: is not a folder; give another --out$"):
+        train.main(["--exp", "smoke", "--device", "cpu", "--out", str(tmp_path / out), *set_flags(*SMALLEST)])
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_run_of_another_experiment_is_not_resumed(run_dir):
+    edit(run_dir, lambda s: s["config"].update(exp="E5"))
+    with pytest.raises(UserError, match="E5.*smoke.*--out") as refusal:
+        resume(run_dir)
+    assert "--set" not in str(refusal.value)
+
+
+def test_nan_is_no_pixel():
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError):
+            to_uint8(torch.tensor([0.0, bad]))
