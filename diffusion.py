@@ -1,4 +1,4 @@
-"""Beta schedules, the forward process, the eps-MSE loss, and the DDPM and DDIM samplers.
+"""Beta schedules, the forward process, what a network predicts and its loss, and the DDPM and DDIM samplers.
 
 Notation as in Ho et al. 2020 (DDPM) and Song et al. 2021 (DDIM), with t counted from 0 to T - 1 as in the code of
 both: x_0 is an image in [-1, 1], x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps, and
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> eps_hat (B, ...)
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,) int64) -> what it predicts (B, ...)
 
 
 def linear_betas(T: int = 1000) -> Tensor:
@@ -28,19 +28,33 @@ def cosine_betas(T: int = 1000) -> Tensor:
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-class Diffusion:
-    """The one owner of the schedule. Attributes: T, and betas, alphas_cumprod, snr, each float64 (T,).
+PREDICTIONS = ("eps", "x0", "v")
 
-    Raises ValueError unless betas is a float64 vector with every value in (0, 1).
+
+class Diffusion:
+    """The one owner of the schedule and of what the network predicts.
+
+    Attributes: T, and betas, alphas_cumprod, snr, each float64 (T,); prediction, one of PREDICTIONS; and eps_per_mse
+    (T,), the eps-MSE of a network divided by the MSE of its own target. Raises ValueError for another prediction, or
+    unless betas is a vector with every value in (0, 1). float32 betas are upcast. Not checked: that 0 <= t < T (-1
+    counts from the end), that x_0 is in [-1, 1], and that the network's output is what `prediction` says.
     """
 
-    def __init__(self, betas: Tensor):
-        if betas.dtype != torch.float64 or betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("betas: expected a float64 vector with every value strictly between 0 and 1")
-        self.T = len(betas)
-        self.betas = betas
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+    def __init__(self, betas: Tensor, prediction: str = "eps"):
+        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("betas: expected a vector with every value strictly between 0 and 1")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {prediction!r}: must be one of {', '.join(PREDICTIONS)}")
+        self.T, self.prediction, self.betas = len(betas), prediction, betas.double()
+        self.alphas_cumprod = ac = torch.cumprod(1 - self.betas, dim=0)
+        self.snr = ac / (1 - ac)
+        self.eps_per_mse = {"eps": torch.ones_like(ac), "x0": self.snr, "v": ac}[prediction]
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor, prediction: str = "eps") -> "Diffusion":
+        """From a scheduler's alphas_cumprod (T,). If they are float32, snr is wrong by up to 5e-4 of it near t = 0."""
+        ac = alphas_cumprod.double()
+        return cls(1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), prediction)
 
     def _signal_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]), each (B, 1, ..., 1) in the type of `like`."""
@@ -52,15 +66,28 @@ class Diffusion:
         signal, noise = self._signal_noise(t, x_0)
         return signal * x_0 + noise * eps
 
-    def predict_x0(self, x_t: Tensor, t: Tensor, eps_hat: Tensor) -> Tensor:
-        """The x_0 that q_sample would have to start from (Ho et al. 2020, eq. 4 solved for x_0)."""
+    def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network is to predict, shape of x_0. v: Salimans & Ho 2022, section 4."""
+        signal, noise = self._signal_noise(t, x_0)
+        return {"eps": eps, "x0": x_0, "v": signal * eps - noise * x_0}[self.prediction]
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x_0_hat, shape of x_t, from the network's output, whatever it predicts."""
         signal, noise = self._signal_noise(t, x_t)
-        return (x_t - noise * eps_hat) / signal
+        return {"eps": (x_t - noise * output) / signal, "x0": output,
+                "v": signal * x_t - noise * output}[self.prediction]
+
+    def mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """|target - model(x_t, t)|^2 averaged over pixels, unweighted: (B,), type of x_0 (Ho et al. 2020, eq. 14)."""
+        error = self.target(x_0, t, eps) - model(self.q_sample(x_0, t, eps), t)
+        return error.square().flatten(1).mean(dim=1)
 
     def eps_mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """|eps - eps_hat(x_t, t)|^2 averaged over pixels: (B,) float32, unweighted (Ho et al. 2020, eq. 14)."""
-        eps_hat = model(self.q_sample(x_0, t, eps), t)
-        return (eps - eps_hat).float().square().flatten(1).mean(dim=1)
+        """The same error measured in eps: (B,), comparable between networks that predict different things.
+
+        |eps - eps_hat|^2 = snr |x_0 - x_0_hat|^2 = alphas_cumprod |v - v_hat|^2.
+        """
+        return self.mse(model, x_0, t, eps) * self.eps_per_mse[t].to(x_0.dtype)
 
 
 def spaced_timesteps(T: int, nfe: int) -> Tensor:

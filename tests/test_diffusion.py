@@ -1,9 +1,20 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from diffusion import BETAS, SAMPLERS, Diffusion, cosine_betas, ddim_sample, ddpm_sample, linear_betas, spaced_timesteps
+from diffusion import (
+    BETAS,
+    PREDICTIONS,
+    SAMPLERS,
+    Diffusion,
+    cosine_betas,
+    ddim_sample,
+    ddpm_sample,
+    linear_betas,
+    spaced_timesteps,
+)
 from rng import generator
 
 D = Diffusion(linear_betas())
@@ -23,6 +34,15 @@ def oracle(diffusion, x_0):
     def model(x_t, t):
         ac = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         return (x_t - ac.sqrt() * x_0) / (1 - ac).sqrt()
+    return model
+
+
+def saying(prediction, diffusion, eps_model):
+    """eps_model with its output converted: it now says x_0 or v of the same guess."""
+    def model(x_t, t):
+        ac, eps_hat = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1).to(x_t), eps_model(x_t, t)
+        x_0_hat = (x_t - (1 - ac).sqrt() * eps_hat) / ac.sqrt()
+        return {"eps": eps_hat, "x0": x_0_hat, "v": ac.sqrt() * eps_hat - (1 - ac).sqrt() * x_0_hat}[prediction]
     return model
 
 
@@ -73,7 +93,29 @@ def test_every_schedule_has_the_length_asked_for(name, T):
     assert diffusion.T == T and diffusion.snr.shape == (T,) and torch.isfinite(diffusion.snr).all()
 
 
-@pytest.mark.parametrize("betas", [linear_betas().float(), torch.tensor([0.1, 1.0], dtype=torch.float64),
+@pytest.mark.parametrize("name", BETAS)
+def test_float32_schedules_and_those_of_a_scheduler(name):
+    """A scheduler's float32 alphas_cumprod cost 5e-4 of snr at t = 0, where 1 - alphas_cumprod cancels."""
+    betas = BETAS[name]()
+    exact, upcast = Diffusion(betas), Diffusion(betas.float(), "v")
+    assert upcast.betas.dtype == upcast.snr.dtype == torch.float64 and upcast.prediction == "v"
+    torch.testing.assert_close(upcast.snr, exact.snr, rtol=2e-5, atol=0)
+    taken = Diffusion.from_alphas_cumprod(exact.alphas_cumprod)
+    torch.testing.assert_close(taken.snr, exact.snr, rtol=1e-10, atol=0)
+    torch.testing.assert_close(taken.betas, betas, rtol=1e-10, atol=0)
+    single = exact.alphas_cumprod.float()
+    rounded = Diffusion.from_alphas_cumprod(single, "x0")
+    torch.testing.assert_close(rounded.snr, single.double() / (1 - single.double()), rtol=1e-10, atol=0)
+    worst = (rounded.snr / exact.snr - 1).abs().max().item()
+    assert rounded.prediction == "x0" and 1e-5 < worst < 6e-4
+
+
+def test_a_prediction_that_does_not_exist():
+    with pytest.raises(ValueError, match="'epsilon'.*eps"):
+        Diffusion(linear_betas(), "epsilon")
+
+
+@pytest.mark.parametrize("betas", [torch.tensor([0.1, 1.0], dtype=torch.float64),
                                    torch.tensor([0.0, 0.1], dtype=torch.float64), linear_betas(4).reshape(2, 2),
                                    torch.tensor([0.1, math.nan], dtype=torch.float64)])
 def test_bad_betas_are_refused(betas):
@@ -100,17 +142,31 @@ def test_q_sample_uses_each_examples_own_t_and_keeps_the_type():
         assert torch.equal(x_t[i:i + 1], D.q_sample(x_0[i:i + 1], t[i:i + 1], eps[i:i + 1]))
 
 
-def test_predict_x0_inverts_q_sample():
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predict_x0_from_the_target_is_x0(prediction):
+    d = Diffusion(linear_betas(), prediction)
     x_0, eps, t = noise(4, 3, 8, 8), noise(4, 3, 8, 8, index=1), torch.tensor([0, 10, 500, 999])
-    torch.testing.assert_close(D.predict_x0(D.q_sample(x_0, t, eps), t, eps), x_0, rtol=0, atol=1e-11)
+    target, ac = d.target(x_0, t, eps), d.alphas_cumprod[t][:, None, None, None]
+    by_hand = {"eps": eps, "x0": x_0, "v": ac.sqrt() * eps - (1 - ac).sqrt() * x_0}[prediction]
+    torch.testing.assert_close(target, by_hand, rtol=0, atol=0)
+    torch.testing.assert_close(d.predict_x0(d.q_sample(x_0, t, eps), t, target), x_0, rtol=0, atol=1e-11)
 
 
-def test_eps_mse_is_per_example_and_unweighted():
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_mse_is_of_the_target_and_eps_mse_the_same_error_in_eps(prediction):
+    d = Diffusion(linear_betas(), prediction)
     x_0, eps, t = noise(4, 3, 8, 8), noise(4, 3, 8, 8, index=1), torch.tensor([0, 10, 500, 999])
-    mse = D.eps_mse(lambda x_t, t: torch.zeros_like(x_t), x_0, t, eps)
-    assert mse.shape == (4,) and mse.dtype == torch.float32
-    torch.testing.assert_close(mse, eps.square().mean((1, 2, 3)).float())
-    assert D.eps_mse(oracle(D, x_0), x_0, t, eps).max() < 1e-12
+    mse = d.mse(lambda x_t, t: torch.zeros_like(x_t), x_0, t, eps)
+    torch.testing.assert_close(mse, d.target(x_0, t, eps).square().mean((1, 2, 3)))
+    assert mse.shape == (4,) and mse.dtype == torch.float64
+    assert d.mse(lambda x_t, t: x_t, x_0.float(), t, eps.float()).dtype == torch.float32
+
+    def guess(x_t, t):
+        return 0.3 * x_t + 0.1
+
+    direct = (eps - guess(d.q_sample(x_0, t, eps), t)).square().mean((1, 2, 3))
+    torch.testing.assert_close(d.eps_mse(saying(prediction, d, guess), x_0, t, eps), direct, rtol=1e-10, atol=0)
+    assert d.eps_mse(saying(prediction, d, oracle(d, x_0)), x_0, t, eps).max() < 1e-12
 
 
 # ---- samplers ----
@@ -141,15 +197,15 @@ def test_impossible_eta(eta):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("nfe", [2, 10, 50, 200])
-def test_exact_gaussian(nfe, eta):
+@pytest.mark.parametrize("nfe, prediction", [*((nfe, "eps") for nfe in (2, 10, 50, 200)), (50, "x0"), (50, "v")])
+def test_exact_gaussian(nfe, eta, prediction):
     """A perfect denoiser must end with the chain's analytic mean and std (n = 120,000 pixels)."""
-    x_T = noise(10, 3, 64, 64)
-    model = exact_denoiser(D)
+    x_T, d = noise(10, 3, 64, 64), Diffusion(linear_betas(), prediction)
+    model = saying(prediction, d, exact_denoiser(d))
     mean, std = moments_of_exact_chain(nfe, eta)
-    samples = [ddim_sample(model, D, x_T, nfe, eta, generator(0, "z"), clip_x0=False)]
+    samples = [ddim_sample(model, d, x_T, nfe, eta, generator(0, "z"), clip_x0=False)]
     if eta == 1:
-        samples.append(ddpm_sample(model, D, x_T, nfe, generator(0, "z"), clip_x0=False))
+        samples.append(ddpm_sample(model, d, x_T, nfe, generator(0, "z"), clip_x0=False))
     for x_0 in samples:
         assert x_0.mean().item() == pytest.approx(mean, abs=0.006)
         assert x_0.std().item() == pytest.approx(std, abs=0.004)
@@ -160,6 +216,18 @@ def test_exact_gaussian_at_nfe_50_against_the_studys_numbers(sampler, mean, std)
     x_0 = sampler(exact_denoiser(D), D, noise(40, 3, 64, 64), 50, generator=generator(0, "z"), clip_x0=False)
     assert x_0.mean().item() == pytest.approx(mean, abs=0.003)
     assert x_0.std().item() == pytest.approx(std, abs=0.003)
+
+
+@pytest.mark.parametrize("betas", BETAS.values())
+@pytest.mark.parametrize("nfe", [10, 50, 1000])
+def test_every_prediction_gives_the_same_samples(nfe, betas):
+    x_T = noise(1, 3, 4, 4)
+    for sampler, clip in itertools.product(SAMPLERS.values(), (True, False)):
+        ds = [Diffusion(betas(), prediction) for prediction in PREDICTIONS]
+        eps, *others = (sampler(saying(d.prediction, d, exact_denoiser(d)), d, x_T, nfe, generator=generator(0, "z"),
+                                clip_x0=clip) for d in ds)
+        for other in others:
+            torch.testing.assert_close(other, eps, rtol=0, atol=1e-6)
 
 
 def test_full_chain_equals_the_textbook_chain():
