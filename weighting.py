@@ -1,48 +1,85 @@
-"""Loss weights per timestep, as pure functions of the SNR.
+"""Loss weights per timestep, as pure functions of the SNR, for networks that predict eps, x_0 or v.
 
-Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
+A weighting is one loss in x_0, lambda(snr) |x_0 - x_0_hat|^2, whatever the network predicts. It weighs the eps-MSE by
+lambda / snr, the v-MSE by lambda / (snr + 1): |x_0 - x_0_hat|^2 = |eps - eps_hat|^2 / snr = |v - v_hat|^2 / (snr + 1).
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def min_snr(snr: Tensor, gamma: float | None) -> Tensor:
-    """w = min(snr, gamma) / snr, the Min-SNR-gamma weight for eps-prediction (Hang et al. 2023, section 3.4).
-
-    Written as min(1, gamma / snr), which is the same and also right at snr = 0 and at gamma = infinity (w = 1).
-    In (0, 1], rising with t and with gamma. Raises ValueError unless gamma > 0.
-    """
-    if gamma is None or not gamma > 0:
-        raise ValueError(f"gamma={gamma}: must be above 0")
-    return (gamma / snr).clamp(max=1)
+# The MSE of what is predicted, divided by the MSE of x_0.
+SCALES = {"eps": lambda snr: snr, "v": lambda snr: snr + 1, "x0": torch.ones_like}
 
 
-def constant(snr: Tensor, gamma: float | None) -> Tensor:
-    """w = 1: the unweighted loss of Ho et al. 2020, eq. 14."""
+def constant(snr: Tensor, scale: Tensor, gamma: float | None) -> Tensor:
+    """w = 1 on whatever is predicted: for eps, Ho et al. 2020, eq. 14. So lambda = scale depends on the prediction."""
     return torch.ones_like(snr)
 
 
-def minsnr_norm(snr: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR divided by its mean over the schedule, so that the mean over all t is 1.
+def minsnr(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
+    """lambda = min(snr, gamma): Hang et al. 2023, section 3.4."""
+    return torch.minimum(snr / scale, gamma / scale)
+
+
+def minsnr_norm(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
+    """minsnr divided by its mean over the schedule, so that the mean over all t is 1.
 
     The mean over a batch would be a biased and noisy divisor: with 4 samples, weights of up to 3.9 instead of 1.095.
     """
-    w = min_snr(snr, gamma)
+    w = minsnr(snr, scale, gamma)
     return w / w.mean()
 
 
-WEIGHTINGS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
-    "constant": constant, "minsnr": min_snr, "minsnr_norm": minsnr_norm}
+def soft_minsnr(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
+    """lambda = snr gamma / (snr + gamma): minsnr without its corner (k-diffusion, layers.py, soft-min-snr).
 
-
-def loss_weights(snr: Tensor, kind: str, gamma: float | None = None) -> Tensor:
-    """The weight of each timestep on the eps-MSE: float64 (T,), from the snr of the whole schedule (T,).
-
-    kind: a key of WEIGHTINGS. Raises ValueError for another kind, or if Min-SNR has no gamma above 0.
+    On eps that is sigma^2 / (sigma^2 + sigma_data^2), with sigma^2 = 1 / snr and sigma_data^2 = 1 / gamma.
     """
-    if kind not in WEIGHTINGS:
-        raise ValueError(f"weighting {kind!r}: must be one of {', '.join(WEIGHTINGS)}")
-    return WEIGHTINGS[kind](snr.double(), gamma)
+    return 1 / (1 / snr + 1 / gamma) / scale
+
+
+def debiased(snr: Tensor, scale: Tensor, gamma: float | None) -> Tensor:
+    """lambda = sqrt(snr), 1 / sqrt(snr) on eps: Yu et al. 2024, "Unmasking Bias in Diffusion Model Training"."""
+    return snr.sqrt() / scale
+
+
+class Weighting(NamedTuple):
+    """One kind of weight. function(snr, scale, gamma) -> lambda / scale, all (T,); scale is of SCALES."""
+    function: Callable[[Tensor, Tensor, float | None], Tensor]
+    reads_gamma: bool = False
+
+
+WEIGHTINGS = {
+    "constant": Weighting(constant), "minsnr": Weighting(minsnr, reads_gamma=True),
+    "minsnr_norm": Weighting(minsnr_norm, reads_gamma=True), "soft_minsnr": Weighting(soft_minsnr, reads_gamma=True),
+    "debiased": Weighting(debiased)}
+
+
+def loss_weights(snr: Tensor, kind: str, gamma: float | None = None, prediction: str = "eps") -> Tensor:
+    """The weight of each timestep on the MSE of what is predicted: float64 (T,), from the whole schedule's snr (T,).
+
+    kind: a key of WEIGHTINGS. prediction: "eps", "x0" or "v". gamma may be infinity; kinds that have none ignore it.
+    Raises ValueError for another kind or prediction, an snr that is negative or not finite, and a kind that reads gamma
+    without a gamma above 0. At snr = 0 a weight on eps is its limit, and 1e50 for debiased, whose limit is infinite.
+    """
+    for name, value, names in (("weighting", kind, WEIGHTINGS), ("prediction", prediction, SCALES)):
+        if value not in names:
+            raise ValueError(f"{name} {value!r}: must be one of {', '.join(names)}")
+    snr = snr.double()
+    if not ((snr >= 0) & (snr < math.inf)).all():
+        raise ValueError("snr: must be at least 0 and finite")
+    function, reads_gamma = WEIGHTINGS[kind]
+    if reads_gamma and (gamma is None or not gamma > 0):
+        raise ValueError(f"gamma={gamma}: {kind} needs one above 0")
+    if prediction == "eps":
+        snr = snr.clamp(min=1e-100)  # lambda / snr would be 0 / 0
+    return function(snr, SCALES[prediction](snr), gamma)
+
+
+def min_snr(snr: Tensor, gamma: float) -> Tensor:
+    """min(snr, gamma) / snr, the Min-SNR weight on the eps-MSE, as float64. Raises ValueError like loss_weights."""
+    return loss_weights(snr, "minsnr", gamma)
