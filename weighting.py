@@ -42,6 +42,11 @@ def soft_minsnr(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
     return 1 / (1 / snr + 1 / gamma) / scale
 
 
+def p2(snr: Tensor, scale: Tensor, gamma: float | None) -> Tensor:
+    """lambda = snr / (1 + snr), 1 / (1 + snr) on eps: P2, 1 / (k + snr)^gamma with k = gamma = 1 (Choi et al. 2022)."""
+    return snr / (1 + snr) / scale
+
+
 def debiased(snr: Tensor, scale: Tensor, gamma: float | None) -> Tensor:
     """lambda = sqrt(snr), 1 / sqrt(snr) on eps: Yu et al. 2024, "Unmasking Bias in Diffusion Model Training"."""
     return snr.sqrt() / scale
@@ -56,7 +61,7 @@ class Weighting(NamedTuple):
 WEIGHTINGS = {
     "constant": Weighting(constant), "minsnr": Weighting(minsnr, reads_gamma=True),
     "minsnr_norm": Weighting(minsnr_norm, reads_gamma=True), "soft_minsnr": Weighting(soft_minsnr, reads_gamma=True),
-    "debiased": Weighting(debiased)}
+    "p2": Weighting(p2), "debiased": Weighting(debiased)}
 
 
 def loss_weights(snr: Tensor, kind: str, gamma: float | None = None, prediction: str = "eps") -> Tensor:

@@ -43,6 +43,7 @@ def test_closed_form_table(betas, gamma, first, mean, w0, w50, w100):
     ("minsnr", 5, "linear", (0.913073, 0.191863, 1.049711)), ("minsnr", 5, "cosine", (0.824022, 0.326113, 2.003961)),
     ("soft_minsnr", 5, "linear", (0.840937, 0.145563, 0.795316)),
     ("soft_minsnr", 5, "cosine", (0.696840, 0.240522, 1.515801)),
+    ("p2", None, "linear", (0.724487,)), ("p2", None, "cosine", (0.504422,)),
     ("debiased", None, "linear", (17.817056,)), ("debiased", None, "cosine", (24.809067,)),
 ])
 def test_means_over_the_schedule(kind, gamma, schedule, means):
