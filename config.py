@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffusion import BETAS, SAMPLERS
+from diffusion import BETAS, PREDICTIONS, SAMPLERS
 from errors import UserError, nearest
 from fid import FEATURES
 from weighting import WEIGHTINGS
@@ -73,6 +73,7 @@ LEAVES = {
     "model.dropout": FRACTION,
     "diffusion.beta_schedule": Key(str, BETAS),
     "diffusion.num_timesteps": Key(int, (1, 10_000)),           # T
+    "diffusion.prediction": Key(str, PREDICTIONS),              # what the network predicts
     "loss.weighting": Key(str, WEIGHTINGS),
     "loss.gamma": POSITIVE,                                     # of the weightings that have one
     "train.total_steps": COUNT,
@@ -168,6 +169,8 @@ def _resolve(raw: dict[str, tuple[object, str]], file: str) -> Config:
 
 def config_from_dict(table: dict, file: str) -> Config:
     """A Config from the nested dict that config.json and checkpoints hold, validated again. Raises ConfigError."""
+    if isinstance(table.get("diffusion"), dict):  # runs from before this key predict eps
+        table = table | {"diffusion": {"prediction": "eps"} | table["diffusion"]}
     return _resolve({key: (value, file) for key, value in flatten(table).items()}, file)
 
 
@@ -249,4 +252,8 @@ def load_config(exp: str, path: str | Path = EXPERIMENTS, overrides: Sequence[st
         except (ValueError, RecursionError):  # not TOML, or several lines of it
             value = text
         raw[key] = value, where
-    return _resolve(raw, file)
+    config = _resolve(raw, file)
+    kind, gamma_set_by = config.loss.weighting, raw["loss.gamma"][1]
+    if gamma_set_by.startswith(f"{file}: --set") and not WEIGHTINGS[kind].reads_gamma:
+        raise ConfigError(f"{gamma_set_by}: has no effect with loss.weighting = {kind}")
+    return config

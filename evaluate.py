@@ -120,7 +120,7 @@ def profile_record(config: Config, step: int, model: UNet, ema: UNet, diffusion:
 
 
 def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusion, images: Tensor) -> dict:
-    """One line of curvature.jsonl: Hutchinson traces of the run's loss and of the unweighted loss, dropout off, fp32.
+    """One line of curvature.jsonl: Hutchinson traces of the run's loss, weighted and unweighted, dropout off, fp32.
 
     Probe j has its own images, t, eps and v, the same at every step, in every arm and for every seed. [0, T) is cut
     into P * B equal strata, and one t is drawn from each. Both traces weigh the same quadratic forms v^T H_i v, which
@@ -134,12 +134,12 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
         x_0 = to_model_range(images[torch.randint(len(images), (B,), generator=rng).to(device)])
         stratum = torch.arange(B) * P + j
         t = ((stratum + torch.rand(B, generator=rng, dtype=torch.float64)) * (T / (P * B))).long()
-        losses = partial(diffusion.eps_mse, model, x_0, t.to(device), torch.randn(x_0.shape, generator=rng).to(device))
+        losses = partial(diffusion.mse, model, x_0, t.to(device), torch.randn(x_0.shape, generator=rng).to(device))
         return quadratic_forms(losses, params, rademacher(params, rng)).cpu(), t
 
     with eval_mode(model):
         forms, t = (torch.stack(parts) for parts in zip(*map_shared(probe, P, "curvature"), strict=True))  # each (P, B)
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).cpu()
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction).cpu()
     record = {"step": step, "num_probes": P, "batch_size": B,
               "curvature/snr_mean_samples": diffusion.snr.cpu()[t].mean(dim=1).tolist()}
     for name, values in (("hutch_trace", w[t] * forms), ("hutch_trace_unweighted", forms)):

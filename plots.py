@@ -23,7 +23,7 @@ from diffusion import BETAS, SAMPLERS, Diffusion
 from errors import UserError, nearest, run_script
 from fid import metric_name
 from runs import Run, build, find_runs, paired_differences
-from weighting import loss_weights
+from weighting import WEIGHTINGS, loss_weights
 
 matplotlib.rcParams.update({
     "figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -43,7 +43,7 @@ def looks(runs: list[Run]) -> dict[Run, dict]:
     by_exp, left, spare = {}, dict(LOOKS), cycle(SPARE)
     for run in {run.exp: run for run in runs}.values():
         kind, order = run.config.loss.weighting, len(by_exp)  # the later the thinner, so that equal curves are seen
-        gamma = None if (kind, None) in LOOKS else run.config.loss.gamma
+        gamma = run.config.loss.gamma if WEIGHTINGS[kind].reads_gamma else None
         color, dash, marker = left.pop((kind, gamma), None) or next(spare)
         by_exp[run.exp] = {"label": f"{run.exp}: {kind}" + (f", $\\gamma$ = {gamma:g}" if gamma else ""),
                            "color": color, "linestyle": dash, "linewidth": max(1.0, 2.6 - 0.8 * order), "elinewidth": 1,
@@ -176,7 +176,8 @@ def profile(runs: list[Run], key: str, name: str, weighted: bool = False) -> Fig
     for run, look in looks(runs).items():
         y, of = np.array(own[run][last][key]), run.config.loss
         if weighted:
-            y *= loss_weights(build(run.config, "cpu")[1].snr, of.weighting, of.gamma)[t].numpy()
+            d = build(run.config, "cpu")[1]
+            y *= (loss_weights(d.snr, of.weighting, of.gamma, d.prediction) / d.eps_per_mse)[t].numpy()
         axes[0].errorbar(t, y, **look)
         if run.exp == runs[0].exp:
             base[run.seed] = y
@@ -273,7 +274,7 @@ FIGURES = FORMULAS | {
                                   columns=2, size=(7.5, 3.8), sharey=True),
     "step_curves": partial(over_steps, [loss, distance, gradient, trace], columns=2, size=(8.5, 6.2)),
     "per_t": partial(profile, key="eps_mse_ema", name="eps-MSE of EMA weights"),
-    "effective_loss": partial(profile, key="eps_mse_raw", name="w(t) eps-MSE of raw weights", weighted=True),
+    "effective_loss": partial(profile, key="eps_mse_raw", name="w(t) MSE of raw weights", weighted=True),
     "curvature_vs_distance": curvature_vs_distance, "snr_geometry": snr_geometry, "frontier": frontier, "grids": grids}
 
 

@@ -190,10 +190,10 @@ def find_runs(root: Path, exp: str) -> list[Run]:
 
 
 def build(config: Config, device) -> tuple[UNet, Diffusion]:
-    """The network (weights from torch's global generator) and the schedule of a config."""
+    """The network (weights from torch's global generator) and the diffusion process of a config."""
     model = UNet(**dataclasses.asdict(config.model)).to(device, memory_format=torch.channels_last)
     betas = BETAS[config.diffusion.beta_schedule](config.diffusion.num_timesteps)
-    return model, Diffusion(betas.to(device))
+    return model, Diffusion(betas.to(device), config.diffusion.prediction)
 
 
 def checkpoint_path(run_dir: Path, step: int | None = None) -> Path:

@@ -100,8 +100,8 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
     seed_global(config.seed, f"dropout/{rank()}" if rank() else "dropout", state.step, images.device)
     bf16 = precision(config.train.amp, images.device) == "bf16"
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        eps_mse = diffusion.eps_mse(state.network, x_0, t, eps)  # (B,)
-    loss = (w[t] * eps_mse).mean()  # the one line in which the arms of the study differ
+        mse = diffusion.mse(state.network, x_0, t, eps)  # (B,)
+    loss = (w[t] * mse).mean()  # the one line in which the arms of the study differ
     state.optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.train.grad_clip)
@@ -110,9 +110,10 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
         decay = ema_decay(config.ema.decay, state.step)
         torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
     state.step += 1
-    loss, mse = parallel.mean(torch.stack([loss.detach(), eps_mse.detach().mean()])).unbind()
-    state.sums += torch.stack([loss, mse, grad_norm, torch.ones_like(loss)])
-    return {"loss": loss, "eps_mse": mse, "grad_norm": grad_norm, "t": t}
+    eps_mse = mse.detach() * diffusion.eps_per_mse[t].to(mse.dtype)
+    loss, eps_mse = parallel.mean(torch.stack([loss.detach(), eps_mse.mean()])).unbind()
+    state.sums += torch.stack([loss, eps_mse, grad_norm, torch.ones_like(loss)])
+    return {"loss": loss, "eps_mse": eps_mse, "grad_norm": grad_norm, "t": t}
 
 
 def check_finite(state: State) -> None:
@@ -169,7 +170,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
         with fits_config(run_dir):
             state.load_state_dict(saved)
     images, total, every = images.to(device), config.train.total_steps, config.eval.every
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction).float()
     seconds = Counter()
 
     def save(path: Path, content: dict) -> None:
@@ -227,7 +228,7 @@ def dry_run(config: Config, device: torch.device) -> None:
     state, diffusion = new_state(config, device)
     print(*(f"{key} = {value}" for key, value in flatten(config).items()), sep="\n")
     print(f"parameters = {sum(p.numel() for p in state.model.parameters()):,}")
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction).float()
     images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
 
     def seconds(work) -> float:

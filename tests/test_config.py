@@ -94,6 +94,7 @@ BAD_OVERRIDES = [  # one of each kind of fault, and the facts that the line must
     ("train.totl_steps=3", ["train.totl_steps", "train.total_steps"]), ("exp=E1", ["exp"]), ("title=x", ["title"]),
     ("train.lr", ["KEY=VALUE"]), ("eval.final_samplers=['ddpm','ddpm']", ["once"]),
     ("loss.gamma=0", ["loss.gamma", "0.0", "1e-12"]), ("loss.gamma=nan", ["nan"]),
+    ("diffusion.prediction=epsilon", ["'epsilon'", "eps"]),
     ("loss.gamma=inf", ["loss.gamma", "inf"]), ("loss.gamma=5x", ["loss.gamma", "'5x'", "float"]),
     ("loss.weighting=min_snr", ["'min_snr'", "minsnr"]), ("diffusion.beta_schedule=cosin", ["cosine"]),
     ("grid.sampler=ddpm2", ["'ddpm2'", "ddpm"]), ("eval.features=lite", ["'lite'", "lite0"]),
@@ -114,6 +115,22 @@ def test_bad_overrides(override, facts):
         load_config("E8c", overrides=[override])
     text = str(error.value)
     assert all(fact in text for fact in [*facts, "--set", "experiments.toml"]) and "\n" not in text
+
+
+def test_a_gamma_that_nothing_reads_is_refused():
+    with pytest.raises(ConfigError, match="experiments.toml: --set loss.gamma=3: .*constant"):
+        load_config("E1", overrides=["loss.gamma=3"])
+    with pytest.raises(ConfigError, match="loss.gamma.*p2"):
+        load_config("E8a", overrides=["loss.gamma=3", "loss.weighting=p2"])
+    assert load_config("E1", overrides=["loss.gamma=3", "loss.weighting=soft_minsnr"]).loss.gamma == 3
+    assert load_config("E8a", overrides=["loss.weighting=p2"]).loss.gamma == 1  # of E8a, and not read
+
+
+def test_a_run_from_before_there_was_a_choice_predicts_eps():
+    table = dataclasses.asdict(load_config("E9b"))
+    del table["diffusion"]["prediction"]
+    assert config_from_dict(table, "config.json") == load_config("E9b")
+    assert "prediction" not in table["diffusion"]
 
 
 BAD_FILES = [

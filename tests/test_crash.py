@@ -119,11 +119,11 @@ def test_kill_anywhere(server, tmp_path, kills):
 
 SLOW = """
 import diffusion, time
-real = diffusion.Diffusion.eps_mse
-def eps_mse(self, model, *args):
+real = diffusion.Diffusion.mse
+def mse(self, model, *args):
     time.sleep(0.05 * model.training)
     return real(self, model, *args)
-diffusion.Diffusion.eps_mse = eps_mse
+diffusion.Diffusion.mse = mse
 """
 
 
@@ -229,13 +229,13 @@ FAULTS = {"nan": lambda mse: mse + float("nan"), "inf": lambda mse: mse + float(
 
 def inject(fault):
     """Make update 7 fail, which its eps tells, so that a resume meets it again."""
-    real, eps_7 = Diffusion.eps_mse, torch.randn(4, 3, 32, 32, generator=generator(1077, "eps", 6))
+    real, eps_7 = Diffusion.mse, torch.randn(4, 3, 32, 32, generator=generator(1077, "eps", 6))
 
-    def eps_mse(self, model, x_0, t, eps):
+    def mse(self, model, x_0, t, eps):
         mse = real(self, model, x_0, t, eps)
         return FAULTS[fault](mse) if torch.equal(eps, eps_7) else mse
 
-    Diffusion.eps_mse = eps_mse
+    Diffusion.mse = mse
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_a_resume_finds_it(server, tmp_path, whole):
@@ -257,7 +257,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_a_resume_finds_it(server, tm
                                              ("gradient", "log.every=7"), ("nan", "grid.every=7")])
 def test_nothing_of_a_step_that_is_not_finite_is_written(tmp_path, monkeypatch, capsys, fault, override):
     """It is seen before a checkpoint, a milestone, a log line and a grid, also if the loss itself is finite."""
-    monkeypatch.setattr(Diffusion, "eps_mse", Diffusion.eps_mse)  # to be undone
+    monkeypatch.setattr(Diffusion, "mse", Diffusion.mse)  # to be undone
     inject(fault)
     command = flags(tmp_path, "log.every=100", "train.checkpoint_every=100", "curvature.every=0", override)
     for resume in ([], ["--resume"]):

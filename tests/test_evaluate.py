@@ -85,8 +85,12 @@ def test_profile_is_a_fixed_measuring_stick(net):
     ac = D.alphas_cumprod[500].float()
     with torch.no_grad():
         x_0 = images.float() / 127.5 - 1
-        output = net.eval()(ac.sqrt() * x_0 + (1 - ac).sqrt() * eps, torch.full((25,), 500))
+        x_t = ac.sqrt() * x_0 + (1 - ac).sqrt() * eps
+        output = net.eval()(x_t, torch.full((25,), 500))
     assert first[1] == pytest.approx((output - eps).square().mean().item(), rel=1e-4)
+    of_v = per_t_profile(net, Diffusion(linear_betas(), "v"), images, [0, 500])  # the same output taken for v
+    eps_hat = (1 - ac).sqrt() * x_t + ac.sqrt() * output
+    assert of_v[1] == pytest.approx((eps_hat - eps).square().mean().item(), rel=1e-4)
 
 
 def test_eval_mode_restores_each_modules_own_mode(net):
@@ -317,14 +321,16 @@ def probe(net):
     return config, net, make_shapes(50)
 
 
-def test_both_traces_and_the_bins_come_from_the_same_forms(probe, monkeypatch):
-    config, net, images = probe
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_both_traces_and_the_bins_come_from_the_same_forms(probe, monkeypatch, prediction):
+    (config, net, images), d = probe, Diffusion(linear_betas(), prediction)
     seen, real = [], evaluate.quadratic_forms
     monkeypatch.setattr(evaluate, "quadratic_forms", lambda losses, *a: (seen.append((losses, real(losses, *a))),
                                                                          seen[-1][1])[1])
-    record = curvature_record(config, 7, net, D, images)
+    record = curvature_record(config, 7, net, d, images)
+    assert all(losses.func == d.mse for losses, _ in seen)
     forms, t = torch.stack([f for _, f in seen]), torch.stack([losses.args[2] for losses, _ in seen])
-    w = loss_weights(D.snr, "minsnr", 2.0)[t]
+    w = loss_weights(d.snr, "minsnr", 2.0, prediction)[t]
     for key, values in (("hutch_trace", w * forms), ("hutch_trace_unweighted", forms)):
         expected = summarise(values.mean(dim=1).tolist())
         for name in ("mean", "std", "stderr", "samples"):

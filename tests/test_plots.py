@@ -205,6 +205,20 @@ def test_effective_loss_has_the_weights_of_each_runs_schedule(tmp_path, draw):
     assert drawn(lower, "E9b")[0][1] == pytest.approx(w * arm / base)
 
 
+def test_effective_loss_of_v_prediction_is_the_weighted_mse_of_v(tmp_path, draw):
+    path = make_run(tmp_path, "E9b", 1077, "diffusion.prediction=v")
+    diffusion = Diffusion(cosine_betas())
+    v_mse = np.array(column(path, "per_t", "eps_mse_raw")[-1]) / diffusion.alphas_cumprod[T].numpy()
+    w = loss_weights(diffusion.snr, "minsnr", 5.0, "v")[T].numpy()
+    assert drawn(draw("effective_loss", "E9b").axes[0], "E9b")[0][1] == pytest.approx(w * v_mse)
+
+
+def test_gamma_is_named_only_where_it_is_read(tmp_path, draw):
+    make_run(tmp_path, "E9b", 1077, "loss.weighting=p2")
+    make_run(tmp_path, "E5", 1077, "loss.weighting=soft_minsnr")
+    assert legend(draw("per_t", "E9b", "E5")) == ["E9b: p2", "E5: soft_minsnr, $\\gamma$ = 5"]
+
+
 def test_curvature_against_distance(pair, draw):
     (ax,) = draw("curvature_vs_distance", "E5", "E6").axes
     (x, y, *errors), = drawn(ax, "E6")

@@ -68,5 +68,8 @@ def test_what_cannot_be_swapped_is_refused(two_runs, run_train, tmp_path):
     other = run_train("E6", *WITH_FID, "diffusion.beta_schedule=cosine", f"eval.stats_root='{tmp_path}/s'", out="b")
     with pytest.raises(UserError, match="diffusion.beta_schedule"):
         swap.swap([two_runs[0], other], at=500)
+    other = run_train("E6", *WITH_FID, "diffusion.prediction=v", f"eval.stats_root='{tmp_path}/s'", out="c")
+    with pytest.raises(UserError, match="diffusion.prediction"):
+        swap.swap([two_runs[0], other], at=500)
     with pytest.raises(UserError, match="--at 1000.*999"):
         swap.swap(two_runs, at=1000)

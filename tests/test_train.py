@@ -11,6 +11,7 @@ import train
 from checkpoint import load_checkpoint
 from config import load_config
 from data import make_shapes
+from diffusion import PREDICTIONS
 from errors import UserError
 from rng import generator
 from runs import read_jsonl
@@ -68,6 +69,11 @@ def test_two_arms_see_the_same_images_t_and_eps(run_train):
     assert min(r["train/loss"] / r["train/eps_mse"] for r in losses(b)) < 0.9
 
 
+def test_a_run_of_v_prediction_has_the_weights_of_v(run_train):
+    records = losses(run_train("E2", "diffusion.prediction=v", "log.every=1", "train.total_steps=6"))
+    assert max(r["train/weight_mean"] for r in records) <= 5 / 6  # the largest min(snr, 5) / (snr + 1)
+
+
 # ---- resume ----
 
 @pytest.mark.parametrize(("stop", "bf16"), [(3, False), (7, False), (11, False), (7, True)])
@@ -102,13 +108,14 @@ def test_a_run_that_ended_anywhere_resumes_to_the_uninterrupted_one(run_train, t
 
 # ---- the step ----
 
-@pytest.mark.parametrize("clip", [1e-3, 1e3])
-def test_a_step_against_one_written_out_by_hand(clip):
+@pytest.mark.parametrize("prediction, clip", [("eps", 1e-3), ("eps", 1e3), ("v", 1e3), ("x0", 1e3)])
+def test_a_step_against_one_written_out_by_hand(prediction, clip):
     """Batch, loss, clipping (above and below the gradient's norm), Adam and EMA of two steps, from the formulas."""
-    config = small("loss.gamma=0.001", f"train.grad_clip={clip}", "model.dropout=0.3")
+    config = small("loss.gamma=0.001", f"train.grad_clip={clip}", "model.dropout=0.3",
+                   f"diffusion.prediction={prediction}")
     state, diffusion = train.new_state(config, torch.device("cpu"))
     images = make_shapes(50)
-    w = loss_weights(diffusion.snr, "minsnr", 0.001).float()
+    w = loss_weights(diffusion.snr, "minsnr", 0.001, prediction).float()
     twin, _ = train.new_state(config, torch.device("cpu"))
     m, v = ([torch.zeros_like(p) for p in twin.model.parameters()] for _ in range(2))
     average = [p.detach().clone() for p in twin.model.parameters()]
@@ -121,13 +128,18 @@ def test_a_step_against_one_written_out_by_hand(clip):
         t, eps = torch.randint(1000, (4,), generator=g["t"]), torch.randn(4, 3, 32, 32, generator=g["eps"])
         ac = diffusion.alphas_cumprod[t].float()[:, None, None, None]
         train.seed_global(1077, "dropout", step)
-        eps_hat = twin.model(ac.sqrt() * x_0 + (1 - ac).sqrt() * eps, t)
+        output = twin.model(ac.sqrt() * x_0 + (1 - ac).sqrt() * eps, t)
         snr = ac.flatten() / (1 - ac.flatten())
-        loss = (torch.minimum(snr, torch.tensor(0.001)) / snr * ((eps_hat - eps) ** 2).mean((1, 2, 3))).mean()
+        target, scale = {"eps": (eps, snr), "x0": (x_0, torch.ones(4)),
+                         "v": (ac.sqrt() * eps - (1 - ac).sqrt() * x_0, snr + 1)}[prediction]
+        mse = ((output - target) ** 2).mean((1, 2, 3))
+        loss = (torch.minimum(snr, torch.tensor(0.001)) / scale * mse).mean()
+        assert out["eps_mse"].item() == pytest.approx((mse * snr / scale).mean().item(), rel=1e-4)
         grads = torch.autograd.grad(loss, list(twin.model.parameters()))
         norm = torch.sqrt(sum((g**2).sum() for g in grads))
         assert out["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
-        assert out["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4) and 1e-3 < norm < 1e3
+        assert out["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4) and norm < 1e3
+        assert norm > 1e-3 or prediction != "eps"
         assert out["t"].tolist() == t.tolist()
         decay = (1 + step) / (10 + step)
         with torch.no_grad():
@@ -202,6 +214,19 @@ def test_window_means_are_the_means_of_all_steps_between_two_lines(run_train):
         for key in ("train/loss", "train/eps_mse"):
             mean = sum(r[key] for r in every[3 * i:3 * i + 3]) / 3
             assert record[f"{key}_mean"] == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_one_batch_is_learnt_by_heart(monkeypatch, prediction):
+    config = small(f"diffusion.prediction={prediction}", "model.base_channels=16", "train.lr=3e-3", "model.dropout=0")
+    state, diffusion = train.new_state(config, torch.device("cpu"))
+    w, images = loss_weights(diffusion.snr, "minsnr", 5.0, prediction).float(), make_shapes(50)
+    batch = train.draw_batch(config, 0, diffusion.T, images)
+    monkeypatch.setattr(train, "draw_batch", lambda *_: batch)
+    loss = [train.train_step(config, state, diffusion, w, images)["loss"].item() for _ in range(100)]
+    target = diffusion.target(*batch).square().mean((1, 2, 3))
+    assert loss[0] == pytest.approx((w[batch[1]] * target).mean().item(), rel=1e-5)  # of a network that says 0
+    assert loss[-1] < 0.1 * loss[0], loss[::10]
 
 
 def test_training_learns(run_train):

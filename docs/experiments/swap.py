@@ -28,7 +28,7 @@ from fid import feature_network
 from parallel import precision
 from runs import load_run, paired_stderr
 
-MUST_AGREE = ("data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "seed")
+MUST_AGREE = ("data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "diffusion.prediction", "seed")
 
 
 class Switched(nn.Module):
