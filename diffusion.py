@@ -36,8 +36,8 @@ class Diffusion:
 
     Attributes: T, and betas, alphas_cumprod, snr, each float64 (T,); prediction, one of PREDICTIONS; and eps_per_mse
     (T,), the eps-MSE of a network divided by the MSE of its own target. Raises ValueError for another prediction, or
-    unless betas is a vector with every value in (0, 1). float32 betas are upcast. Not checked: that 0 <= t < T (-1
-    counts from the end), that x_0 is in [-1, 1], and that the network's output is what `prediction` says.
+    unless betas is a vector with every value in (0, 1). float32 betas are upcast. Not checked: that x_0 is in [-1, 1],
+    that the network's output is what `prediction` says, and on a GPU, which would have to be waited for, t.
     """
 
     def __init__(self, betas: Tensor, prediction: str = "eps"):
@@ -62,7 +62,15 @@ class Diffusion:
         return ac.sqrt().to(like.dtype), (1 - ac).sqrt().to(like.dtype)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0), shape of x_0 (Ho et al. 2020, eq. 4). t (B,) int64, eps like x_0."""
+        """x_t ~ q(x_t | x_0), shape of x_0 (Ho et al. 2020, eq. 4). t (B,) int64 in [0, T), eps like x_0.
+
+        Raises ValueError for other shapes or another t.
+        """
+        if eps.shape != x_0.shape or t.shape != x_0.shape[:1] or t.dtype != torch.int64:
+            raise ValueError(f"x_0 {tuple(x_0.shape)}, t {tuple(t.shape)} {t.dtype}, eps {tuple(eps.shape)}: expected "
+                             "(B, ...), (B,) int64 and the shape of x_0")
+        if t.device.type == "cpu" and not ((t >= 0) & (t < self.T)).all():
+            raise ValueError(f"t: must be from 0 to {self.T - 1}")
         signal, noise = self._signal_noise(t, x_0)
         return signal * x_0 + noise * eps
 
@@ -79,7 +87,8 @@ class Diffusion:
 
     def mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """|target - model(x_t, t)|^2 averaged over pixels, unweighted: (B,), type of x_0 (Ho et al. 2020, eq. 14)."""
-        error = self.target(x_0, t, eps) - model(self.q_sample(x_0, t, eps), t)
+        output = model(self.q_sample(x_0, t, eps), t)
+        error = self.target(x_0, t, eps) - output
         return error.square().flatten(1).mean(dim=1)
 
     def eps_mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

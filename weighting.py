@@ -29,7 +29,10 @@ def minsnr_norm(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
     """minsnr divided by its mean over the schedule, so that the mean over all t is 1.
 
     The mean over a batch would be a biased and noisy divisor: with 4 samples, weights of up to 3.9 instead of 1.095.
+    Raises ValueError if snr rises anywhere: then it is not that of a schedule. (A batch sorted by t is not noticed.)
     """
+    if (snr.diff() > 0).any():
+        raise ValueError("snr: minsnr_norm needs that of the whole schedule; index its result by the t of a batch")
     w = minsnr(snr, scale, gamma)
     return w / w.mean()
 

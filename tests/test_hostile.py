@@ -20,9 +20,11 @@ import train
 from checkpoint import load_file, save_checkpoint
 from config import EXPERIMENTS, ConfigError, load_config, load_tables
 from data import to_uint8
+from diffusion import Diffusion, linear_betas
 from errors import UserError
 from fid import FeatureStats
 from runs import Run, load_run, read_jsonl
+from weighting import WEIGHTINGS, loss_weights
 
 RUN = *SMALLEST, "train.total_steps=2", "log.every=1"
 
@@ -232,3 +234,30 @@ def test_nan_is_no_pixel():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError):
             to_uint8(torch.tensor([0.0, bad]))
+
+
+@pytest.mark.parametrize("change", [
+    {"t": torch.tensor([-1, 3])}, {"t": torch.tensor([0, 10])}, {"t": torch.tensor([1])}, {"t": torch.tensor(1)},
+    {"t": torch.tensor([[1], [2]])}, {"t": torch.tensor([1.0, 2.0])}, {"t": torch.tensor([1, 2], dtype=torch.int32)},
+    {"eps": torch.zeros(2, 1, 1, 1)}, {"eps": torch.zeros(3, 4, 4)}, {"eps": torch.zeros(1, 3, 4, 4)}])
+def test_no_shape_is_broadcast_and_no_t_wraps_round(change):
+    diffusion = Diffusion(linear_betas(10))
+    good = {"x_0": torch.zeros(2, 3, 4, 4), "t": torch.tensor([0, 9]), "eps": torch.zeros(2, 3, 4, 4)}
+    assert diffusion.eps_mse(lambda x_t, t: x_t, **good).shape == (2,)
+    with pytest.raises(ValueError, match=r"t: must|\(B, ...\)"):
+        diffusion.q_sample(**good | change)
+    with pytest.raises(ValueError, match=r"t: must|\(B, ...\)"):
+        diffusion.eps_mse(lambda x_t, t: x_t, **good | change)
+
+
+@pytest.mark.parametrize("kind", WEIGHTINGS)
+@pytest.mark.parametrize("bad", [[float("nan"), 1.0], [-1.0, 1.0], [float("inf"), 1.0]])
+def test_weights_of_no_snr(kind, bad):
+    with pytest.raises(ValueError, match="snr"):
+        loss_weights(torch.tensor(bad), kind, 5.0)
+
+
+def test_the_mean_of_a_batch_normalises_nothing():
+    snr = Diffusion(linear_betas()).snr
+    with pytest.raises(ValueError, match="whole schedule"):
+        loss_weights(snr[torch.tensor([700, 3, 400])], "minsnr_norm", 5.0)

@@ -100,7 +100,7 @@ def three_forms(betas):
             return {"v": v_hat, "x0": signal * x_t - noise * v_hat, "eps": noise * x_t + signal * v_hat}[prediction]
 
         diffusion = Diffusion(betas, prediction)
-        diffusion.alphas_cumprod = ac  # with snr = 0, which it would refuse for eps
+        diffusion.alphas_cumprod, diffusion.T = ac, len(ac)  # with snr = 0, which it would refuse for eps
         return diffusion.mse(model, x_0, t, eps)
 
     params = float64(7, -0.4, 0.2, 0.5)
