@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffusion import BETAS, PREDICTIONS, SAMPLERS
+from diffusion import BETAS, PREDICTIONS, SAMPLERS, Diffusion
 from errors import UserError, nearest
 from fid import FEATURES
 from weighting import WEIGHTINGS
@@ -148,6 +148,10 @@ def _conflicts(config: Config):
     samplers = config.eval.final_samplers
     if not samplers or len(set(samplers)) < len(samplers):
         yield "eval.final_samplers", "must name at least one sampler, and each once"
+    try:
+        Diffusion(BETAS[config.diffusion.beta_schedule](config.diffusion.num_timesteps), config.diffusion.prediction)
+    except ValueError as error:
+        yield "diffusion.beta_schedule", f"{config.diffusion.beta_schedule}: {error}"
     for key, nfe in (("grid.nfe", config.grid.nfe), ("eval.nfe", config.eval.nfe)):
         if nfe > config.diffusion.num_timesteps:
             yield key, f"{nfe} exceeds diffusion.num_timesteps = {config.diffusion.num_timesteps}"

@@ -25,9 +25,14 @@ def cosine_betas(T: int = 1000) -> Tensor:
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+def linear_zero_snr_betas(T: int = 1000) -> Tensor:
+    """float64 (T,), the last 1: linear_betas, sqrt(alphas_cumprod) shifted to end at 0 (Lin et al. 2024, alg. 1)."""
+    root = torch.cumprod(1 - linear_betas(T), dim=0).sqrt()
+    root = root[0] * (root - root[-1]) / (root[0] - root[-1]).clamp(min=1e-300)  # at T = 1 all are 0
+    return 1 - (root / torch.cat([root.new_ones(1), root[:-1]])) ** 2
 
 
+BETAS = {"linear": linear_betas, "cosine": cosine_betas, "linear_zero_snr": linear_zero_snr_betas}
 PREDICTIONS = ("eps", "x0", "v")
 
 
@@ -35,14 +40,15 @@ class Diffusion:
     """The one owner of the schedule and of what the network predicts.
 
     Attributes: T, and betas, alphas_cumprod, snr, each float64 (T,); prediction, one of PREDICTIONS; and eps_per_mse
-    (T,), the eps-MSE of a network divided by the MSE of its own target. Raises ValueError for another prediction, or
-    unless betas is a vector with every value in (0, 1). float32 betas are upcast. Not checked: that x_0 is in [-1, 1],
-    that the network's output is what `prediction` says, and on a GPU, which would have to be waited for, t.
+    (T,), the eps-MSE of a network divided by the MSE of its own target. betas (T,): in (0, 1), the last may be 1 (snr
+    = 0) for x0 and v; float32 ones are upcast. Raises ValueError for other betas or predictions. Not checked: that x_0
+    is in [-1, 1], that the network predicts what `prediction` says, and on a GPU, which would have to be waited for, t.
     """
 
     def __init__(self, betas: Tensor, prediction: str = "eps"):
-        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("betas: expected a vector with every value strictly between 0 and 1")
+        end = None if prediction == "eps" else -1  # at snr = 0, eps says nothing about x_0
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all() or (betas[:end] == 1).any():
+            raise ValueError("betas: must be a vector of values in (0, 1); the last may be 1 for prediction x0 or v")
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r}: must be one of {', '.join(PREDICTIONS)}")
         self.T, self.prediction, self.betas = len(betas), prediction, betas.double()
@@ -92,10 +98,7 @@ class Diffusion:
         return error.square().flatten(1).mean(dim=1)
 
     def eps_mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The same error measured in eps: (B,), comparable between networks that predict different things.
-
-        |eps - eps_hat|^2 = snr |x_0 - x_0_hat|^2 = alphas_cumprod |v - v_hat|^2.
-        """
+        """The same error in eps, (B,): |eps - eps_hat|^2 = snr |x_0 - x_0_hat|^2 = alphas_cumprod |v - v_hat|^2."""
         return self.mse(model, x_0, t, eps) * self.eps_per_mse[t].to(x_0.dtype)
 
 

@@ -94,8 +94,8 @@ def weights(runs: list[Run], arms: list[tuple[str, float | None]], until: int = 
 
 def snr_vs_t(runs: list[Run]) -> Figure:
     ax = Figure((6.5, 3.6)).subplots()
-    for (name, betas), dash in zip(BETAS.items(), cycle(("-", "--"))):
-        ax.semilogy(Diffusion(betas()).snr, color="#000000", linestyle=dash, label=f"{name} betas")
+    for (name, betas), dash in zip(BETAS.items(), cycle(("-", "--", ":"))):
+        ax.semilogy(Diffusion(betas(), "v").snr, color="#000000", linestyle=dash, label=f"{name} betas")
     for gamma in (1.0, 3.0, 5.0):
         color, dash, _ = LOOKS["minsnr", gamma]
         ax.axhline(gamma, color=color, linestyle=dash, linewidth=1, label=f"$\\gamma$ = {gamma:g}")

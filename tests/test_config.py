@@ -95,6 +95,7 @@ BAD_OVERRIDES = [  # one of each kind of fault, and the facts that the line must
     ("train.lr", ["KEY=VALUE"]), ("eval.final_samplers=['ddpm','ddpm']", ["once"]),
     ("loss.gamma=0", ["loss.gamma", "0.0", "1e-12"]), ("loss.gamma=nan", ["nan"]),
     ("diffusion.prediction=epsilon", ["'epsilon'", "eps"]),
+    ("diffusion.beta_schedule=linear_zero_snr", ["diffusion.beta_schedule", "linear_zero_snr", "prediction x0 or v"]),
     ("loss.gamma=inf", ["loss.gamma", "inf"]), ("loss.gamma=5x", ["loss.gamma", "'5x'", "float"]),
     ("loss.weighting=min_snr", ["'min_snr'", "minsnr"]), ("diffusion.beta_schedule=cosin", ["cosine"]),
     ("grid.sampler=ddpm2", ["'ddpm2'", "ddpm"]), ("eval.features=lite", ["'lite'", "lite0"]),

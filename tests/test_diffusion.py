@@ -13,6 +13,7 @@ from diffusion import (
     ddim_sample,
     ddpm_sample,
     linear_betas,
+    linear_zero_snr_betas,
     spaced_timesteps,
 )
 from rng import generator
@@ -50,13 +51,13 @@ def noise(*shape, dtype=torch.float64, index=0):
     return torch.randn(*shape, dtype=dtype, generator=generator(0, "test", index))
 
 
-def moments_of_exact_chain(nfe, eta):
+def moments_of_exact_chain(nfe, eta, d=D):
     """Mean and std that sampling must end with: the chain is linear and Gaussian, so they follow step by step."""
     ts = torch.linspace(999, 0, nfe, dtype=torch.float64).round().long().tolist()
     mean, var = 0.0, 1.0
     for i, t in enumerate(ts):
-        ac_t = D.alphas_cumprod[t].item()
-        ac_s = D.alphas_cumprod[ts[i + 1]].item() if i + 1 < nfe else 1.0
+        ac_t = d.alphas_cumprod[t].item()
+        ac_s = d.alphas_cumprod[ts[i + 1]].item() if i + 1 < nfe else 1.0
         slope = math.sqrt(ac_t) * STD**2 / (ac_t * STD**2 + 1 - ac_t)  # of E[x_0 | x_t]
         offset = MEAN * (1 - slope * math.sqrt(ac_t))
         var_s = eta**2 * (1 - ac_s) / (1 - ac_t) * (1 - ac_t / ac_s)
@@ -86,10 +87,24 @@ def test_cosine_schedule():
     assert Diffusion(betas).alphas_cumprod[500].item() == pytest.approx(f[1] / f[0], rel=1e-12)
 
 
+def test_zero_terminal_snr():
+    """sqrt(alphas_cumprod) is that of linear betas, moved and stretched to end at 0 and start where it did."""
+    d = Diffusion(linear_zero_snr_betas(), "v")
+    assert d.alphas_cumprod[-1] == d.snr[-1] == 0 and d.alphas_cumprod[0].item() == pytest.approx(1 - 1e-4, rel=1e-12)
+    root, linear = d.alphas_cumprod.sqrt(), D.alphas_cumprod.sqrt()
+    stretch = (root / (linear - linear[-1]))[:-1]
+    torch.testing.assert_close(stretch, stretch[0].expand(999), rtol=1e-9, atol=0)
+    for betas in (linear_zero_snr_betas(), torch.ones(1), linear_zero_snr_betas().float()):
+        with pytest.raises(ValueError, match="betas.*x0 or v"):
+            Diffusion(betas)
+    with pytest.raises(ValueError, match="betas"):
+        Diffusion(torch.tensor([0.1, 1.0, 0.1]), "v")
+
+
 @pytest.mark.parametrize("name", BETAS)
 @pytest.mark.parametrize("T", [1, 50, 1000])
 def test_every_schedule_has_the_length_asked_for(name, T):
-    diffusion = Diffusion(BETAS[name](T))
+    diffusion = Diffusion(BETAS[name](T), "v")
     assert diffusion.T == T and diffusion.snr.shape == (T,) and torch.isfinite(diffusion.snr).all()
 
 
@@ -97,16 +112,16 @@ def test_every_schedule_has_the_length_asked_for(name, T):
 def test_float32_schedules_and_those_of_a_scheduler(name):
     """A scheduler's float32 alphas_cumprod cost 5e-4 of snr at t = 0, where 1 - alphas_cumprod cancels."""
     betas = BETAS[name]()
-    exact, upcast = Diffusion(betas), Diffusion(betas.float(), "v")
+    exact, upcast = Diffusion(betas, "v"), Diffusion(betas.float(), "v")
     assert upcast.betas.dtype == upcast.snr.dtype == torch.float64 and upcast.prediction == "v"
     torch.testing.assert_close(upcast.snr, exact.snr, rtol=2e-5, atol=0)
-    taken = Diffusion.from_alphas_cumprod(exact.alphas_cumprod)
+    taken = Diffusion.from_alphas_cumprod(exact.alphas_cumprod, "v")
     torch.testing.assert_close(taken.snr, exact.snr, rtol=1e-10, atol=0)
     torch.testing.assert_close(taken.betas, betas, rtol=1e-10, atol=0)
     single = exact.alphas_cumprod.float()
     rounded = Diffusion.from_alphas_cumprod(single, "x0")
     torch.testing.assert_close(rounded.snr, single.double() / (1 - single.double()), rtol=1e-10, atol=0)
-    worst = (rounded.snr / exact.snr - 1).abs().max().item()
+    worst = (rounded.snr / exact.snr - 1)[exact.snr > 0].abs().max().item()
     assert rounded.prediction == "x0" and 1e-5 < worst < 6e-4
 
 
@@ -211,6 +226,23 @@ def test_exact_gaussian(nfe, eta, prediction):
         assert x_0.std().item() == pytest.approx(std, abs=0.004)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_exact_gaussian_from_zero_snr(prediction, eta):
+    """x_T is then pure noise, and the first x_0_hat is the mean of the data."""
+    d = Diffusion(linear_zero_snr_betas(), prediction)
+
+    def model(x_t, t):
+        ac = d.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        signal, noise = ac.sqrt(), (1 - ac).sqrt()
+        x_0_hat = MEAN + signal * STD**2 / (signal**2 * STD**2 + noise**2) * (x_t - signal * MEAN)
+        return x_0_hat if prediction == "x0" else (signal * x_t - x_0_hat) / noise
+
+    x_0 = ddim_sample(model, d, noise(10, 3, 64, 64), 50, eta, generator(0, "z"), clip_x0=False)
+    mean, std = moments_of_exact_chain(50, eta, d)
+    assert x_0.mean().item() == pytest.approx(mean, abs=0.006) and x_0.std().item() == pytest.approx(std, abs=0.004)
+
+
 @pytest.mark.parametrize("sampler, mean, std", [(ddim_sample, 0.298, 0.472), (ddpm_sample, 0.299, 0.442)])
 def test_exact_gaussian_at_nfe_50_against_the_studys_numbers(sampler, mean, std):
     x_0 = sampler(exact_denoiser(D), D, noise(40, 3, 64, 64), 50, generator=generator(0, "z"), clip_x0=False)
@@ -218,7 +250,7 @@ def test_exact_gaussian_at_nfe_50_against_the_studys_numbers(sampler, mean, std)
     assert x_0.std().item() == pytest.approx(std, abs=0.003)
 
 
-@pytest.mark.parametrize("betas", BETAS.values())
+@pytest.mark.parametrize("betas", [linear_betas, cosine_betas])
 @pytest.mark.parametrize("nfe", [10, 50, 1000])
 def test_every_prediction_gives_the_same_samples(nfe, betas):
     x_T = noise(1, 3, 4, 4)

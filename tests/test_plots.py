@@ -110,9 +110,11 @@ def test_formulas(draw):
     curves = draw("weight_curves").axes[0].get_lines()
     assert [line.get_markevery() for line in curves] == [[259], [165], [130]]
     assert [line.get_ydata()[100] for line in curves] == pytest.approx([.1171, .3514, .5857], abs=1e-4)
-    linear, cosine, *gammas = (line.get_ydata() for line in draw("snr_vs_t").axes[0].get_lines())
+    lines = {line.get_label(): line.get_ydata() for line in draw("snr_vs_t").axes[0].get_lines()}
+    linear, cosine = lines["linear betas"], lines["cosine betas"]
     assert linear[0] == pytest.approx(9999) and linear[999] == pytest.approx(4.036e-5, rel=1e-3)
-    assert (cosine[1:900] > linear[1:900]).all() and [gamma[0] for gamma in gammas] == [1, 3, 5]
+    assert (cosine[1:900] > linear[1:900]).all()
+    assert [lines[f"$\\gamma$ = {gamma}"][0] for gamma in (1, 3, 5)] == [1, 3, 5]
 
 
 def test_distances_with_errors_finals_floor_and_ceiling(pair, draw):
