@@ -1,14 +1,16 @@
 """What is measured on a model: called by train.py during training, and a command on a run.
 
     python evaluate.py runs/E8c/seed1077                             per-t profile of its last checkpoint
-    python evaluate.py runs/E8c/seed1077 --step 4000                 of a milestone; so for the next three commands
+    python evaluate.py runs/E8c/seed1077 --step 4000                 of a milestone; so for the next four commands
     python evaluate.py runs/E8c/seed1077 --distance --n 1000         distances of fresh samples to the training images
     python evaluate.py runs/E8c/seed1077 --frontier 10,20,50 --n 500 distances over NFE, appended to its results.jsonl
     python evaluate.py runs/E6/seed1077 --curvature                  Hessian traces
+    python evaluate.py runs/E6/seed1077 --curvature --probes 256     with more probes, appended to its traces.jsonl
     python evaluate.py --stats cifar10 --n 5000                      reference statistics, floor and ceiling
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -326,6 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--frontier", type=integers, metavar="NFE,NFE", help="distances at each NFE, appended to the run")
     what.add_argument("--curvature", action="store_true", help="Hessian traces at the raw weights")
     what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
+    parser.add_argument("--probes", type=int, help="of --curvature; its line then goes to the run's traces.jsonl")
     parser.add_argument("--step", type=int, help="a milestone of the run; its last checkpoint by default")
     parser.add_argument("--seed", type=int, help="of the samples of --distance; the run's by default")
     parser.add_argument("--features", choices=FEATURES, help="the run's by default, else inception")
@@ -342,12 +345,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give either RUN_DIR or --stats")
     samples = args.distance or args.frontier
     reads = dict.fromkeys(["features", "weights", "n", "stats_root"], samples or args.stats)
-    reads |= {"nfe": args.distance, "seed": args.distance, "sampler": samples, "step": not args.stats}
+    reads |= {"nfe": args.distance, "seed": args.distance, "sampler": samples, "step": not args.stats,
+              "probes": args.curvature}
     for name, read in reads.items():
         if getattr(args, name) is not None and not read:
             parser.error(f"--{name.replace('_', '-')} has no effect here; see the examples of --help")
     if args.n is not None and not 2 <= args.n <= MAX_SAMPLES:
         parser.error(f"--n {args.n}: must be from 2 to {MAX_SAMPLES}")
+    if args.probes is not None and args.probes < 2:
+        parser.error(f"--probes {args.probes}: must be 2 or more")
     device, stats_root = check_device(args.device), args.stats_root or default("eval.stats_root")
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
@@ -358,8 +364,14 @@ def main(argv: list[str] | None = None) -> int:
     config, step, model, ema, diffusion = load_run(args.run_dir, device, args.step)
     ev = config.eval
     train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
-    if args.curvature:
+    if args.curvature and args.probes is None:
         print(json.dumps(curvature_record(config, step, model, diffusion, train.to(device))))
+        return 0
+    if args.curvature:
+        config = dataclasses.replace(config, curvature=dataclasses.replace(config.curvature, num_probes=args.probes))
+        make = partial(curvature_record, config, step, model, diffusion, train.to(device))
+        with lock(args.run_dir):
+            print(json.dumps(logged(args.run_dir / "traces.jsonl", {"step": step, "num_probes": args.probes}, make)))
         return 0
     if not samples:
         print(json.dumps(profile_record(config, step, model, ema, diffusion, test[:ev.profile_images])))

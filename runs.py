@@ -1,7 +1,7 @@
 """A run directory: start or resume it, its logs and environment, find and read it, compare two of them.
 
 runs/E8c/seed1077/ holds config.json, env.json, loss.jsonl, results.jsonl, per_t.jsonl, curvature.jsonl, timing.jsonl,
-checkpoints/, grids/, influence/, and done.json once all is measured.
+checkpoints/, grids/, influence/, and done.json once all is measured; traces.jsonl if evaluate.py --probes was called.
 """
 
 import copy

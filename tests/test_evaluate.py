@@ -104,7 +104,7 @@ def test_eval_mode_restores_each_modules_own_mode(net):
 
 @pytest.mark.parametrize("flags", [
     ["run", "--n", "10"], ["run", "--curvature", "--nfe", "5"], ["run", "--sampler", "ddim"], ["run", "--seed", "1"],
-    ["run", "--frontier", "2", "--seed", "1"],
+    ["run", "--frontier", "2", "--seed", "1"], ["run", "--probes", "4"], ["run", "--curvature", "--probes", "1"],
     ["run", "--distance", "--n", "1"], ["--stats", "shapes", "--nfe", "5"], [], ["run", "--stats", "shapes"],
 ])
 def test_options_without_effect_are_refused(flags, capsys):
@@ -300,6 +300,18 @@ def test_the_frontier_is_appended_point_by_point(arms, command, monkeypatch):
     command(other, "--frontier", "3,4", "--n", 20, "--sampler", "ddim")
     pairs = [(d["kind"], d["nfe"]) for d in paired_differences(other, run_dir)]
     assert pairs == [("milestone", 3)] * 2 + [("frontier", 3), ("frontier", 4)]
+
+
+def test_traces_with_more_probes_are_appended_once(arms, command, monkeypatch):
+    run_dir, (logged,) = arms[1], read_jsonl(arms[1] / "curvature.jsonl")[:1]
+    three = ("--curvature", "--probes", 3)
+    traces = [*command(run_dir, *three, "--step", 6), *command(run_dir, *three)]
+    assert [(r["step"], len(r["curvature/hutch_trace_samples"])) for r in traces] == [(6, 3), (12, 3)]
+    monkeypatch.setattr(evaluate, "quadratic_forms", None)  # what is there is not computed again
+    assert command(run_dir, *three) == traces[1:]
+    monkeypatch.undo()
+    two, = command(run_dir, "--curvature", "--probes", 2, "--step", 6)  # another number is another line
+    assert two == logged and read_jsonl(run_dir / "traces.jsonl") == [*traces, two]
 
 
 def test_a_resumed_run_keeps_its_frontier(arms, command, trained, monkeypatch):
