@@ -6,6 +6,7 @@
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -153,6 +154,20 @@ def mean(log: str, key: str, after: float, t: int | None = None) -> Callable[[Ru
     return value
 
 
+def at_end(run: Run) -> dict[int, dict]:
+    """{number of probes: line} of the Hessian traces at the last step, from the run and from evaluate.py --probes."""
+    return {r["num_probes"]: r for log in ("curvature", "traces") for r in run.log(log)
+            if r["step"] == run.config.train.total_steps}
+
+
+def last_traces(pairs: list[tuple[Run, Run]], key: str) -> tuple[str, list[Point]]:
+    """The traces at the last step with the most probes that the most seeds have in both arms, and their name."""
+    seeds = Counter(probes for a, b in pairs for probes in at_end(a).keys() & at_end(b).keys())
+    probes = max(seeds, key=lambda probes: (seeds[probes], probes), default=0)
+    return f"last step, {probes} probes", points(
+        pairs, lambda run: at_end(run)[probes][key] if probes in at_end(run) else math.nan)
+
+
 def safe(text: str) -> str:
     """Text as one line that can start no heading, no cell and no HTML tag."""
     return one_line(text).replace("|", "&#124;").replace("<", "&lt;")
@@ -162,13 +177,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(safe, row))} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def verdict(pairs: list[tuple[Run, Run]], found: dict[str, tuple[list[Point], dict]], trace: list[Point]) -> list[str]:
+def verdict(pairs: list[tuple[Run, Run]], found: dict[str, tuple[list[Point], dict]]) -> list[str]:
     """Paragraphs: the two registered measures, what they are not, and the rule."""
     (a, b), fd, rows = pairs[0], metric_name("fd", pairs[0][0].config.eval.features), []
     name = max((name for name, (_, r) in found.items() if (r["kind"], r["sampler"], r["nfe"], r["metric"]) == (
         "final", "ddpm", 50, fd)), key=lambda name: found[name][1]["n"], default=f"final, DDPM 50: {fd}")
     distance, line = found.get(name, ([], {}))
-    measures = (name, distance, DISTANCE), ("Hessian trace of the unweighted loss, last step", trace, TRACE)
+    when, trace = last_traces(pairs, "curvature/hutch_trace_unweighted_mean")
+    measures = (name, distance, DISTANCE), (f"Hessian trace of the unweighted loss, {when}", trace, TRACE)
     withheld = ("no verdict: not finished" if not all(run.finished for pair in pairs for run in pair) else
                 "no verdict: same loss.weighting" if "loss.weighting" not in differing(a, b) else "")
     decisions = holm([decide([float(np.log(p.arm.value / p.baseline.value)) for p in seeds], limits)
@@ -196,10 +212,10 @@ def compare(pairs: list[tuple[Run, Run]], notes: list[str]) -> str:
                   f"{over_seeds([p.percent for p in of]):+} %"] for name, of in measures.items() if of]
         return table([first, "seeds", a.exp, b.exp, "difference", "change"], cells) if cells else "Not in both arms."
 
-    traces = {f"Hessian trace of the {of} loss, {when}": points(
-        pairs, mean("curvature", f"curvature/hutch_trace{key}_mean", after))
-        for key, of in (("_unweighted", "unweighted"), ("", "arm's own"))
-        for when, after in (("last fifth", 0.8), ("last step", LAST))}
+    traces = {f"Hessian trace of the {of} loss, {when}": of_seeds
+              for of, key in (("unweighted", "hutch_trace_unweighted_mean"), ("arm's own", "hutch_trace_mean"))
+              for when, of_seeds in (("last fifth", points(pairs, mean("curvature", f"curvature/{key}", 0.8))),
+                                     last_traces(pairs, f"curvature/{key}"))}
     training = {key: points(pairs, mean("loss", f"train/{key}", 0.8)) for key in ("eps_mse_mean", "grad_global_L2")}
     errors = {f"{t}, {weights}": points(pairs, mean("per_t", f"eps_mse_{weights}", LAST, t))
               for weights in ("ema", "raw") for t in sorted({t for r in a.log("per_t") for t in r["t"]})}
@@ -214,7 +230,7 @@ def compare(pairs: list[tuple[Run, Run]], notes: list[str]) -> str:
     alone = [[name, *("".join(f"{p.percent:+} %" for p in of if p.seed == run.seed) for run, _ in pairs)]
              for name, of in finals.items() if of]
     sections = {
-        "Verdict": verdict(pairs, found, traces["Hessian trace of the unweighted loss, last step"]),
+        "Verdict": verdict(pairs, found),
         "Seed by seed": [table(["change", *(f"{run.seed}" for run, _ in pairs)], alone)],
         "What differs": [table(["key", a.exp, b.exp], [[key, *map(str, both)]
                                                        for key, both in differing(a, b).items()]), *map(safe, notes)],

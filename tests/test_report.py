@@ -211,7 +211,7 @@ def test_runs_of_different_length_are_compared_at_their_own_ends(tmp_path):
     make_run(tmp_path, "E6", 1077, 125, 150)
     text = read(tmp_path, ["loss.weighting", "train.total_steps"])
     assert rows(text, "Distances")[f"final, step 100, DDPM 50, n = {N}: val/fd_lite0"][4].startswith("+25.00 ± ")
-    assert rows(text, "Hessian traces")["Hessian trace of the unweighted loss, last step"][4] == "-25 %"
+    assert rows(text, "Hessian traces")["Hessian trace of the unweighted loss, last step, 2 probes"][4] == "-25 %"
 
 
 def test_one_seed_is_undecided(tmp_path):
@@ -326,14 +326,36 @@ def test_traces_training_and_profile(tmp_path):
     traces = {name: [numbers(cell) for cell in row[1:]] for name, row in rows(text, "Hessian traces").items() if name}
     assert traces == {
         "Hessian trace of the unweighted loss, last fifth": [[400], [300], [-100], [-25]],
-        "Hessian trace of the unweighted loss, last step": [[200], [150], [-50], [-25]],
+        "Hessian trace of the unweighted loss, last step, 2 probes": [[200], [150], [-50], [-25]],
         "Hessian trace of the arm's own loss, last fifth": [[100.5], [75.5], [-25], [pytest.approx(-24.88)]],
-        "Hessian trace of the arm's own loss, last step": [[100], [75], [-25], [-25]]}
+        "Hessian trace of the arm's own loss, last step, 2 probes": [[100], [75], [-25], [-25]]}
     assert {name: cells for name, cells in rows(text, "Training").items() if name} == {
         "eps_mse_mean": ["1", "0.2", "0.2", "0", "+0 %"], "grad_global_L2": ["1", "1", "1.5", "0.5", "+50 %"]}
     profile = rows(text, "Held-out eps-MSE")
     assert profile["0, ema"] == ["1", "10", "15", "5", "+50 %"] and profile["500, ema"][4] == "+0 %"
     assert profile["0, raw"][4] == "+0 %" and profile["500, raw"][1:] == ["2", "3", "1", "+50 %"]
+
+
+def test_the_registered_trace_has_the_most_probes_that_all_seeds_have(tmp_path):
+    make_arms(tmp_path, [1.0, 1.0, 1.0], [0.75, 0.75, 0.75])
+
+    def with_many_probes(exp, seed, step, trace):
+        line = {"step": step, "num_probes": 256, "curvature/hutch_trace_mean": trace / 2,
+                "curvature/hutch_trace_unweighted_mean": trace}
+        with open(tmp_path / exp / f"seed{seed}" / "traces.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    for seed in (1077, 1078):
+        for exp, trace in (("E5", 100.0), ("E6", 120.0)):
+            with_many_probes(exp, seed, STEPS // 2, 5.0)  # not the last step
+            with_many_probes(exp, seed, STEPS, trace)
+    with_many_probes("E5", 1079, STEPS, 100.0)  # in one arm only
+    name, seeds, change, *_ = verdicts(read(tmp_path))[1][1]
+    assert name.endswith("last step, 2 probes") and (seeds, change) == ("3", "-25.0 %")
+    with_many_probes("E6", 1079, STEPS, 120.0)
+    name, seeds, change, *_ = verdicts(text := read(tmp_path))[1][1]
+    assert name.endswith("last step, 256 probes") and (seeds, change) == ("3", "+20.0 %")
+    assert rows(text, "Hessian traces")["Hessian trace of the arm's own loss, last step, 256 probes"][1] == "50"
 
 
 def test_compute(tmp_path):
@@ -348,7 +370,7 @@ def test_a_seed_that_lacks_a_log_does_not_take_it_from_the_others(tmp_path):
     (tmp_path / "E5" / "seed1078" / "timing.jsonl").unlink()
     text = read(tmp_path)
     assert verdicts(text)[0][1][1] == "2" and verdicts(text)[1] == ("undecided (one seed)", [
-        "Hessian trace of the unweighted loss, last step", "1", "", "", "", ""])
+        "Hessian trace of the unweighted loss, last step, 2 probes", "1", "", "", "", ""])
     assert rows(text, "Compute")["seconds of training"][0] == "1"
 
 
