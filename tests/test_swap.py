@@ -39,6 +39,19 @@ def test_unmixed_lines_are_what_the_runs_have_measured(two_runs, capsys):
     assert capsys.readouterr().out.count("\n") == 4
 
 
+def test_two_seeds_of_one_experiment_are_swapped_at_a_milestone(two_runs, run_train, tmp_path):
+    """The control of the swap: the samples of both start from the noise of the first one's seed."""
+    other = run_train("E5", *WITH_FID, f"eval.stats_root='{tmp_path}/s'", seed=1078)
+    lines = swap.swap([two_runs[0], other], at=500, n=10, milestone=6)
+    assert [(r["noisy"], r["clean"]) for r in lines] == [
+        (a, b) for a in ("E5/1077", "E5/1078") for b in ("E5/1077", "E5/1078")]
+    assert {(r["step"], r["seed"], r["n"]) for r in lines} == {(6, 1077, 10)}
+    assert len({r["val/fid"] for r in lines}) == 4
+    assert lines[0]["val/fid"] == swap.swap(two_runs, at=500, n=10, milestone=6)[0]["val/fid"]
+    with pytest.raises(UserError, match="seed"):
+        swap.swap([other, two_runs[1]], at=500)
+
+
 def test_each_network_has_its_side_of_the_boundary():
     class Named(torch.nn.Module):
         image_channels, image_size = 3, 32

@@ -4,8 +4,9 @@
 
 Prints a line for each of the four combinations (network of t >= AT, network of t < AT): its distances, their paired
 differences from the first run's own samples, and the samples' grain (rms difference of neighbouring pixels) beside that
-of the training images. Both runs must share data, schedule and seed. NFE, features and, unless given, n and sampler are
-those of the first run's milestones.
+of the training images. Both runs must share data, schedule and seed, or be two seeds of one experiment, which are then
+named such as E1/1078. All samples start from the noise of the first run's seed. NFE, features and, unless given, n and
+sampler are those of its milestones.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from fid import feature_network
 from parallel import precision
 from runs import load_run, paired_stderr
 
-MUST_AGREE = ("data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "diffusion.prediction", "seed")
+MUST_AGREE = ["data.name", "diffusion.beta_schedule", "diffusion.num_timesteps", "diffusion.prediction"]
 
 
 class Switched(nn.Module):
@@ -55,11 +56,13 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     """The four lines. Raises UserError."""
     loaded = [load_run(run_dir, device, milestone) for run_dir in run_dirs]
     (config, step, _, first, diffusion), (other, other_step, _, second, _) = loaded
-    differs = [key for key in MUST_AGREE if flatten(config)[key] != flatten(other)[key]]
+    two_seeds = config.exp == other.exp  # of one experiment
+    names = [f"{c.exp}/{c.seed}" if two_seeds else c.exp for c in (config, other)]
+    differs = [key for key in MUST_AGREE + ["seed"] * (not two_seeds) if flatten(config)[key] != flatten(other)[key]]
     if differs or step != other_step:
         raise UserError(f"{run_dirs[0]} and {run_dirs[1]} differ in {', '.join(differs) or 'their last step'}")
-    if config.exp == other.exp:
-        raise UserError(f"{run_dirs[0]} and {run_dirs[1]}: both of {config.exp}; give two experiments")
+    if len(set(names)) == 1:
+        raise UserError(f"{run_dirs[0]} and {run_dirs[1]}: both of {config.exp}; give two experiments, or two seeds")
     if config.eval.features == "none":
         raise UserError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
     if not 0 < at < diffusion.T:
@@ -68,7 +71,7 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     network = feature_network(config.eval.features, config.eval.inception_weights, device)
     distances = Distances(network, config.data.name, train, test, config.eval.stats_root)
     n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
-    arms, lines, own, grain_train = {config.exp: first, other.exp: second}, [], None, grain(train)
+    arms, lines, own, grain_train = dict(zip(names, (first, second), strict=True)), [], None, grain(train)
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
                                 precision(config.eval.amp, torch.device(device)), f"{noisy}, {clean}")
