@@ -16,7 +16,7 @@ from fid import FEATURES
 from weighting import WEIGHTINGS
 
 EXPERIMENTS = Path(__file__).with_name("experiments.toml")
-TABLES = ("defaults", "experiments", "profiles", "figures", "comparisons")
+TABLES = ("defaults", "experiments", "profiles", "study", "figures", "comparisons")
 MAX_SAMPLES = 1_000_000
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)  # of experiments, figures and comparisons: they name files
 
@@ -194,8 +194,9 @@ def _read(path: str | Path) -> dict[str, dict]:
 
 
 def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
-    """The tables [figures.*] or [comparisons.*]. Raises ConfigError."""
-    keys = {"figures": ("kind", "runs", "until"), "comparisons": ("title", "runs", "factor")}[name]
+    """The tables [study.*], [figures.*] or [comparisons.*]. Raises ConfigError."""
+    keys = {"study": ("runs", "seeds"), "figures": ("kind", "runs", "until"),
+            "comparisons": ("title", "runs", "factor")}[name]
     tables = _read(path)
     for inner, table in tables[name].items():
         where = f"{Path(path).name}: [{name}.{inner}]"
