@@ -15,6 +15,7 @@ from config import load_config, load_tables
 
 CODE = f"{shlex.quote(sys.executable)} {shlex.quote(str(workflow.basedir))}"  # {CODE}/train.py runs it
 RUNS, DATA = config.get("runs", "runs"), config.get("data_root", "data")
+ROOTS = f"--data-root {shlex.quote(DATA)} --stats-root {shlex.quote(RUNS)}/stats"
 STUDY = [(exp, str(seed)) for table in load_tables("study").values() for seed in table["seeds"]
          for exp in table["runs"]]  # in the order in which they start
 EXPS = {exp for exp, _ in STUDY}
@@ -43,8 +44,7 @@ rule all:
 
 rule statistics:
     output: STATISTICS
-    shell: "{CODE}/evaluate.py --stats {BASE.data.name} --features {BASE.eval.features} --n {N}"
-           " --data-root {DATA:q} --stats-root {RUNS:q}/stats"
+    shell: "{CODE}/evaluate.py --stats {BASE.data.name} --features {BASE.eval.features} --n {N} {ROOTS}"
 
 rule train:  # resumes an unfinished run; of a finished one it writes only the marker
     input: ancient(STATISTICS)  # statistics that are made again are the same, and no reason to train again
@@ -57,7 +57,7 @@ rule measure:  # leaves out what the run's results.jsonl and traces.jsonl have a
     input: f"{RUN}/done.json"
     output: touch(f"{RUN}/measured")
     params: run=RUN
-    shell: "{CODE}/evaluate.py {params.run:q} --data-root {DATA:q} --frontier 10,20,50,100,250 --n {N}; "
+    shell: "{CODE}/evaluate.py {params.run:q} {ROOTS} --frontier 10,20,50,100,250 --n {N}; "
            "for step in {FIRST} {LAST}; do {CODE}/evaluate.py {params.run:q} --data-root {DATA:q}"
            " --curvature --probes 256 --step $step; done"
 
@@ -65,15 +65,13 @@ rule swap:  # above t = 130 one network, below it the other: both arms of a seed
     input: RUNS + "/{a}/seed{s}/done.json", RUNS + "/{b}/seed{u}/done.json"
     output: RUNS + "/swap/{a}_{s}_{b}_{u}_step{step}.jsonl"
     params: runs=[RUNS + "/{a}/seed{s}", RUNS + "/{b}/seed{u}"], n=lambda w: SWAPS[int(w.step)]
-    shell: "{CODE}/docs/experiments/swap.py {params.runs:q} --step {wildcards.step} --n {params.n}"
-           " --data-root {DATA:q} > {output:q}"
+    shell: "{CODE}/docs/experiments/swap.py {params.runs:q} --step {wildcards.step} --n {params.n} {ROOTS} > {output:q}"
 
 rule longer:  # the other control: the baseline after as many steps as both networks of the first swap together
     input: RUNS + f"/{A}/seed{{seed}}/done.json"
     output: RUNS + f"/swap/{A}_{{seed}}_step{2 * FIRST}.jsonl"
     params: run=RUNS + f"/{A}/seed{{seed}}", n=SWAPS[FIRST], step=2 * FIRST
-    shell: "{CODE}/evaluate.py {params.run:q} --distance --step {params.step} --n {params.n}"
-           " --data-root {DATA:q} > {output:q}"
+    shell: "{CODE}/evaluate.py {params.run:q} --distance --step {params.step} --n {params.n} {ROOTS} > {output:q}"
 
 rule report:
     input: lambda w: evidence(COMPARISONS[w.name])

@@ -413,7 +413,7 @@ def test_files_cannot_forge_the_report(tmp_path):
     make_run(tmp_path, "E5", 1077)
     path = make_run(tmp_path, "E6", 1077, env={"device": "x\n## Verdict\n| **better** | <script>"})
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"exp": "E6 |\n# <b>"}))
+    (path / "config.json").write_text(json.dumps(config | {"title": "E6 |\n# <b>"}))
     edit(path.parents[1] / "E5/seed1077/results.jsonl", lambda r: r | {"reference": "<i>"})
     text = read(tmp_path)
     assert "<" not in text and [line for line in text.splitlines() if line.startswith("#")] == [

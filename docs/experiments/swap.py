@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from config import flatten
+from config import default, flatten
 from data import load_images
 from diffusion import SAMPLERS
 from errors import UserError, run_script
@@ -52,7 +52,8 @@ def grain(images: Tensor) -> float:
 
 
 def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
-         data_root: str | None = None, device="cpu", milestone: int | None = None) -> list[dict]:
+         data_root: str | None = None, stats_root: str | None = None, device="cpu",
+         milestone: int | None = None) -> list[dict]:
     """The four lines. Raises UserError."""
     loaded = [load_run(run_dir, device, milestone) for run_dir in run_dirs]
     (config, step, _, first, diffusion), (other, other_step, _, second, _) = loaded
@@ -67,9 +68,10 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
         raise UserError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
     if not 0 < at < diffusion.T:
         raise UserError(f"--at {at}: must be from 1 to T - 1 = {diffusion.T - 1}")
-    train, test = (load_images(config.data.name, data_root or config.data.root, split) for split in (True, False))
-    network = feature_network(config.eval.features, config.eval.inception_weights, device)
-    distances = Distances(network, config.data.name, train, test, config.eval.stats_root)
+    data_root, stats_root = data_root or default("data.root"), stats_root or default("eval.stats_root")
+    train, test = (load_images(config.data.name, data_root, split) for split in (True, False))
+    network = feature_network(config.eval.features, default("eval.inception_weights"), device)
+    distances = Distances(network, config.data.name, train, test, stats_root)
     n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
     arms, lines, own, grain_train = dict(zip(names, (first, second), strict=True)), [], None, grain(train)
     for noisy, clean in product(arms, arms):
@@ -94,9 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, help="the first run's milestone number by default")
     parser.add_argument("--step", type=int, help="a milestone of both runs; their last checkpoints by default")
     parser.add_argument("--sampler", choices=SAMPLERS)
-    parser.add_argument("--data-root", help="the first run's by default")
+    parser.add_argument("--data-root", help="folder of CIFAR-10; that of experiments.toml by default")
+    parser.add_argument("--stats-root", help="folder of reference statistics; that of experiments.toml by default")
     args = parser.parse_args(argv)
-    swap(args.run_dirs, args.at, args.n, args.sampler, args.data_root, milestone=args.step)
+    swap(args.run_dirs, args.at, args.n, args.sampler, args.data_root, args.stats_root, milestone=args.step)
     return 0
 
 
