@@ -5,7 +5,8 @@ from conftest import ROOT
 
 from config import ConfigError, config_from_dict, flatten, list_experiments, load_config, load_tables
 
-ALL = ["E1", "E2", "E3", "E4", "E5", "E6", "E7a", "E7b", "E7c", "E8a", "E8b", "E8c", "E9a", "E9b", "smoke"]
+ALL = ["E1", "E2", "E3", "E4", "E5", "E6", "E7a", "E7b", "E7c", "E8a", "E8b", "E8c", "E9a", "E9b",
+       "E10a", "E10b", "smoke"]
 
 
 def difference(a, b):
@@ -24,11 +25,13 @@ def test_the_studys_table():
         "E7c": ("constant", 5, 64, 10_000, 2000), "E8a": ("minsnr", 1, 64, 5000, 2000),
         "E8b": ("minsnr", 3, 64, 5000, 2000), "E8c": ("minsnr", 5, 64, 5000, 2000),
         "E9a": ("constant", 5, 32, 10_000, 2000), "E9b": ("minsnr", 5, 32, 10_000, 2000),
+        "E10a": ("constant", 5, 32, 10_000, 2000), "E10b": ("minsnr", 5, 32, 10_000, 2000),
     }
     for exp, row in table.items():
         c = load_config(exp)
         assert (c.loss.weighting, c.loss.gamma, c.model.base_channels, c.train.total_steps, c.eval.every) == row
         assert c.diffusion.beta_schedule == ("cosine" if exp.startswith("E9") else "linear")
+        assert c.diffusion.prediction == ("v" if exp.startswith("E10") else "eps")
         assert (c.exp, c.seed, c.data.name, c.train.batch_size, c.train.lr) == (exp, 1077, "cifar10", 4, 1e-4)
         assert (c.train.grad_clip, c.ema.decay, c.diffusion.num_timesteps, c.log.every) == (1.0, 0.999, 1000, 100)
         assert (c.grid.every, c.grid.n, c.grid.sampler, c.grid.nfe) == (5000, 36, "ddim", 20)
@@ -46,6 +49,7 @@ def test_every_experiment_loads_and_says_what_it_asks():
 
 def test_a_comparison_differs_in_its_factor_only():
     assert difference("E1", "E2") == difference("E5", "E6") == difference("E9a", "E9b") == {"loss.weighting"}
+    assert difference("E10a", "E10b") == {"loss.weighting"} and difference("E5", "E10a") == {"diffusion.prediction"}
     assert difference("E8a", "E8b") == difference("E8b", "E8c") == {"loss.gamma"}
     assert difference("E2", "E3") == {"train.total_steps", "eval.every"}
     assert difference("E3", "E4") == {"loss.weighting", "eval.final_samplers"}
