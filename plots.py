@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from config import load_tables
-from diffusion import BETAS, SAMPLERS, Diffusion
+from diffusion import BETAS, PREDICTIONS, SAMPLERS, Diffusion
 from errors import UserError, nearest, run_script
 from fid import metric_name
 from runs import Run, build, find_runs, paired_differences
@@ -101,6 +101,26 @@ def snr_vs_t(runs: list[Run]) -> Figure:
         ax.axhline(gamma, color=color, linestyle=dash, linewidth=1, label=f"$\\gamma$ = {gamma:g}")
     ax.set(xlabel="timestep t", ylabel="SNR(t)", xlim=(0, 999))
     return finish(ax, [], "T = 1000. Min-SNR gives a timestep with SNR above gamma a weight below 1.")
+
+
+def weight_atlas(runs: list[Run]) -> Figure:
+    """Every weighting as a weight on the eps-MSE, and the share of each t in the gradient at equal errors."""
+    axes, spare = Figure((8.5, 6.6)).subplots(2, 2, sharex=True).flat, cycle(SPARE)
+    processes = [Diffusion(BETAS["linear"](), prediction) for prediction in PREDICTIONS]
+    for i, (kind, (_, reads_gamma)) in enumerate(WEIGHTINGS.items()):
+        gamma = 5.0 if reads_gamma else None
+        color, dash, _ = LOOKS.get((kind, gamma)) or next(spare)
+        look = {"color": color, "linestyle": dash, "lw": max(1.5, 2.5 - i / 2), "label": f"{kind} {gamma or ''}"}
+        axes[0].plot(loss_weights(processes[0].snr, kind, gamma), **look)
+        for ax, d in zip(axes[1:], processes, strict=True):
+            w = loss_weights(d.snr, kind, gamma, d.prediction)
+            ax.plot(w / w.mean(), **look)
+            ax.set(title=f"{d.prediction}-prediction", ylim=(0, 6), xlabel="timestep t", ylabel="T x share of gradient")
+    for d, dash in zip(processes[1:], (":", "--"), strict=True):
+        axes[0].plot(1 / d.eps_per_mse, color="#000000", linestyle=dash, label=f"constant, {d.prediction}-prediction")
+    axes[0].set(title="any prediction", ylabel="weight on the eps-MSE", yscale="log", xlim=(0, 999))
+    return finish(axes[0], [], "Weighting and gamma; linear betas, T = 1000. Shares: while the error of what is "
+                               "predicted is 1 at every t; 1 is an even share; cut at 6.")
 
 
 def distance_axis(ax, own: dict[Run, list[dict]], context: bool = True) -> tuple[tuple[str, str], str]:
@@ -264,7 +284,7 @@ def grids(runs: list[Run]) -> Figure:
 loss = partial(log, key="train/eps_mse_mean", name="unweighted train eps-MSE")
 gradient = partial(log, key="train/grad_global_L2", name="gradient norm (L2)", clip=True)
 FORMULAS = {
-    "snr_vs_t": snr_vs_t,
+    "snr_vs_t": snr_vs_t, "weight_atlas": weight_atlas,
     "weights_raw_and_normalised": partial(weights, arms=[("constant", None), ("minsnr", 5.0), ("minsnr_norm", 5.0)]),
     "weight_curves": partial(weights, arms=[("minsnr", 1.0), ("minsnr", 3.0), ("minsnr", 5.0)], until=400)}
 FIGURES = FORMULAS | {

@@ -12,11 +12,11 @@ from PIL import Image
 
 import plots
 from config import load_config, load_tables
-from diffusion import Diffusion, cosine_betas
+from diffusion import PREDICTIONS, Diffusion, cosine_betas, linear_betas
 from errors import UserError
 from fid import METRICS, Estimate, metric_name
 from runs import Run, find_runs, paired_differences, save_influence
-from weighting import loss_weights
+from weighting import WEIGHTINGS, loss_weights
 
 T = [0, 50, 500, 999]
 TRACES = ("hutch_trace", "hutch_trace_unweighted")
@@ -115,6 +115,20 @@ def test_formulas(draw):
     assert linear[0] == pytest.approx(9999) and linear[999] == pytest.approx(4.036e-5, rel=1e-3)
     assert (cosine[1:900] > linear[1:900]).all()
     assert [lines[f"$\\gamma$ = {gamma}"][0] for gamma in (1, 3, 5)] == [1, 3, 5]
+
+
+def test_the_atlas_draws_every_weighting_in_every_prediction(draw):
+    fig = draw("weight_atlas")
+    on_eps, *shares = fig.axes
+    curves = [[line.get_ydata() for line in ax.get_lines()] for ax in shares]
+    assert len(legend(fig)) == len(on_eps.get_lines()) == len(WEIGHTINGS) + 2
+    minsnr, of_v = (line.get_ydata() for line in on_eps.get_lines() if line.get_label() in (
+        "minsnr 5.0", "constant, v-prediction"))
+    assert minsnr[100] == pytest.approx(0.5857, abs=1e-4) and of_v[999] == pytest.approx(24778, rel=1e-4)
+    for drawn_in, prediction in zip(curves, PREDICTIONS, strict=True):
+        assert len(drawn_in) == len(WEIGHTINGS) and [y.mean() for y in drawn_in] == pytest.approx([1] * len(WEIGHTINGS))
+        w = loss_weights(Diffusion(linear_betas()).snr, "p2", None, prediction)
+        assert drawn_in[list(WEIGHTINGS).index("p2")] == pytest.approx((w / w.mean()).numpy())
 
 
 def test_distances_with_errors_finals_floor_and_ceiling(pair, draw):

@@ -169,7 +169,7 @@ def test_min_snr_against_the_official_repository_and_diffusers(gamma, prediction
 
 @pytest.mark.parametrize("wrong, at", [
     (lambda snr, gamma: torch.minimum(snr, gamma) / snr, 999),          # official with "min_snr_5" and v: its #3
-    (lambda snr, gamma: torch.minimum(snr, gamma) / snr + 1, 0),        # diffusers before #5238
+    (lambda snr, gamma: torch.minimum(snr, gamma) / snr + 1, 0),        # diffusers before #5238 and #8466
     (lambda snr, gamma: torch.minimum(snr + 1, gamma) / (snr + 1), 999),  # diffusers from #5238 to #6307: its #5654
 ])
 def test_weights_on_v_that_were_published_wrong(wrong, at):
