@@ -347,8 +347,8 @@ def test_the_registered_trace_has_the_most_probes_that_all_seeds_have(tmp_path):
 
     for seed in (1077, 1078):
         for exp, trace in (("E5", 100.0), ("E6", 120.0)):
-            with_many_probes(exp, seed, STEPS // 2, 5.0)  # not the last step
             with_many_probes(exp, seed, STEPS, trace)
+            with_many_probes(exp, seed, STEPS // 2, 5.0)  # not the last step
     with_many_probes("E5", 1079, STEPS, 100.0)  # in one arm only
     name, seeds, change, *_ = verdicts(read(tmp_path))[1][1]
     assert name.endswith("last step, 2 probes") and (seeds, change) == ("3", "-25.0 %")

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, same
 
 from checkpoint import load_file, lock
+from runs import read_jsonl
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason=(
     "needs snakemake: pip install -r workflow-requirements.txt"))]
@@ -122,8 +123,10 @@ def test_a_killed_study_is_the_same_study(checkout, tmp_path):
     assert status == 0 and "resuming from step" in out, out
     a, b = contents(killed), contents(whole)
     assert len(b) == 16 and [name for name in b if not same(a[name], b[name])] == []
-    assert {path.name for path in a.keys() - b.keys()} == {
-        "E1_1077_E2_1077_step30.jsonl", "E1_1077_E2_1077_step60.jsonl", "E1_1077_step60.jsonl"}  # swap, and a control
+    assert [r["step"] for r in read_jsonl(e1 / "traces.jsonl")] == [30, 60]
+    assert {path.name: [(r["step"], r["n"]) for r in read_jsonl(killed / path)] for path in a.keys() - b.keys()} == {
+        "E1_1077_E2_1077_step30.jsonl": [(30, 5)] * 4, "E1_1077_E2_1077_step60.jsonl": [(60, 10)] * 4,
+        "E1_1077_step60.jsonl": [(60, 5)]}  # the swap, and a control
 
     assert (killed / "the runs" / "reports" / "min_snr" / "min_snr.md").read_text().count("3 probes") > 1
     assert (killed / "the runs" / "figures" / "frontier.png").exists()
