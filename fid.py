@@ -79,7 +79,7 @@ class Lite0(nn.Module):
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = nn.functional.interpolate(x.float(), size=(128, 128), mode="bilinear")  # the size: see README
+            x = nn.functional.interpolate(x.float(), size=(128, 128), mode="bilinear")  # the size: docs/distances.md
             x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
             return self.net.extract_features(x).mean(dim=(2, 3))
 
