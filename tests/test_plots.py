@@ -334,7 +334,7 @@ def test_all_draws_what_it_can_and_lists_the_rest(pair, tmp_path, capsys):
     (pair[0] / "grids" / "step_000060_ddim20.png").write_bytes(b"no picture")
     (pair[1] / "curvature.jsonl").write_text("garbage\n")
     assert plots.main(["--all", "--runs", str(tmp_path)]) == 0
-    names = {"weights", "weight_curves", "snr", "fid_vs_steps_e5e6", "frontier_e5e6"}
+    names = {"weights", "weight_curves", "weight_atlas", "snr", "fid_vs_steps_e5e6", "frontier_e5e6"}
     files = {path.name for path in (tmp_path / "figures").iterdir()}
     assert files == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     left_out = dict(line.split(": left out: ") for line in capsys.readouterr().out.splitlines() if "left out" in line)
