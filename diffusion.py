@@ -82,14 +82,17 @@ class Diffusion:
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network is to predict, shape of x_0. v: Salimans & Ho 2022, section 4."""
-        signal, noise = self._signal_noise(t, x_0)
-        return {"eps": eps, "x0": x_0, "v": signal * eps - noise * x_0}[self.prediction]
+        if self.prediction == "v":
+            signal, noise = self._signal_noise(t, x_0)
+            return signal * eps - noise * x_0
+        return eps if self.prediction == "eps" else x_0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """x_0_hat, shape of x_t, from the network's output, whatever it predicts."""
+        if self.prediction == "x0":
+            return output
         signal, noise = self._signal_noise(t, x_t)
-        return {"eps": (x_t - noise * output) / signal, "x0": output,
-                "v": signal * x_t - noise * output}[self.prediction]
+        return (x_t - noise * output) / signal if self.prediction == "eps" else signal * x_t - noise * output
 
     def mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """|target - model(x_t, t)|^2 averaged over pixels, unweighted: (B,), type of x_0 (Ho et al. 2020, eq. 14)."""

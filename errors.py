@@ -38,10 +38,10 @@ def run_script(main: Callable[[], int]) -> None:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a UserError: once, by rank 0
             print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # RuntimeError: of torch, whose other ones are faults of the code
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        print(f"{name}: error: not enough memory: {one_line(error).split(chr(92))[0]}", file=sys.stderr)
+        print(f"{name}: error: not enough memory: {''.join(str(error).splitlines()[:1])}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

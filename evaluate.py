@@ -35,8 +35,7 @@ from fid import FEATURES, METRICS, Estimate, FeatureStats, extract, feature_netw
 from model import UNet
 from parallel import DEVICE, check_device, first, from_first, map_shared, precision
 from rng import generator
-from runs import append_jsonl, load_run, read_json, read_jsonl, save_influence
-from weighting import loss_weights
+from runs import append_jsonl, load_run, read_json, read_jsonl, save_influence, weights_of
 
 CHUNK = 100           # samples that share one stream of noise
 CPU_BATCH = 20        # examples whose activations fit a CPU's caches: at base 64, 1.3 times faster than 100
@@ -141,7 +140,7 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
 
     with eval_mode(model):
         forms, t = (torch.stack(parts) for parts in zip(*map_shared(probe, P, "curvature"), strict=True))  # each (P, B)
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction).cpu()
+    w = weights_of(config, diffusion).cpu()
     record = {"step": step, "num_probes": P, "batch_size": B,
               "curvature/snr_mean_samples": diffusion.snr.cpu()[t].mean(dim=1).tolist()}
     for name, values in (("hutch_trace", w[t] * forms), ("hutch_trace_unweighted", forms)):
@@ -319,7 +318,7 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
@@ -354,6 +353,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--n {args.n}: must be from 2 to {MAX_SAMPLES}")
     if args.probes is not None and args.probes < 2:
         parser.error(f"--probes {args.probes}: must be 2 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     device, stats_root = check_device(args.device), args.stats_root or default("eval.stats_root")
     if args.stats:
         network = feature_network(args.features or "inception", args.weights, device)
@@ -373,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         with lock(args.run_dir):
             print(json.dumps(logged(args.run_dir / "traces.jsonl", {"step": step, "num_probes": args.probes}, make)))
         return 0
-    if not samples:
+    if not (args.distance or args.frontier):
         print(json.dumps(profile_record(config, step, model, ema, diffusion, test[:ev.profile_images])))
         return 0
     features, n = args.features or ev.features, args.n or ev.n_samples

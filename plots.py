@@ -22,7 +22,7 @@ from config import load_tables
 from diffusion import BETAS, PREDICTIONS, SAMPLERS, Diffusion
 from errors import UserError, nearest, run_script
 from fid import metric_name
-from runs import Run, build, find_runs, paired_differences
+from runs import Run, build, find_runs, paired_differences, weights_of
 from weighting import WEIGHTINGS, loss_weights
 
 matplotlib.rcParams.update({
@@ -194,10 +194,10 @@ def profile(runs: list[Run], key: str, name: str, weighted: bool = False) -> Fig
     last = max(need(set.intersection(*map(set, own.values())), runs, "per_t.jsonl line of one step, n and t in all"))
     (step, n, *t), base, axes = last, {}, Figure((6.5, 5.4)).subplots(2, sharex=True, height_ratios=[3, 2])
     for run, look in looks(runs).items():
-        y, of = np.array(own[run][last][key]), run.config.loss
+        y = np.array(own[run][last][key])
         if weighted:
             d = build(run.config, "cpu")[1]
-            y *= (loss_weights(d.snr, of.weighting, of.gamma, d.prediction) / d.eps_per_mse)[t].numpy()
+            y *= (weights_of(run.config, d) / d.eps_per_mse)[t].numpy()
         axes[0].errorbar(t, y, **look)
         if run.exp == runs[0].exp:
             base[run.seed] = y

@@ -29,6 +29,7 @@ from errors import UserError
 from fid import METRICS, Estimate, load_npz, metric_name
 from model import UNet
 from parallel import precision, world
+from weighting import loss_weights
 
 MAY_CHANGE = ("log.every", *PATHS)  # on resume: none of these changes the weights
 LOGS = ("loss.jsonl", "results.jsonl", "per_t.jsonl", "curvature.jsonl", "timing.jsonl")
@@ -194,6 +195,11 @@ def build(config: Config, device) -> tuple[UNet, Diffusion]:
     model = UNet(**dataclasses.asdict(config.model)).to(device, memory_format=torch.channels_last)
     betas = BETAS[config.diffusion.beta_schedule](config.diffusion.num_timesteps)
     return model, Diffusion(betas.to(device), config.diffusion.prediction)
+
+
+def weights_of(config: Config, diffusion: Diffusion) -> torch.Tensor:
+    """The loss weights of a config, float64 (T,)."""
+    return loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction)
 
 
 def checkpoint_path(run_dir: Path, step: int | None = None) -> Path:

@@ -37,8 +37,7 @@ from fid import feature_network
 from model import UNet
 from parallel import DEVICE, first, from_first, gathered, precision, rank, share, world
 from rng import generator, seed_global
-from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, start
-from weighting import loss_weights
+from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, start, weights_of
 
 # ---- one training step ----
 
@@ -170,7 +169,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
         with fits_config(run_dir):
             state.load_state_dict(saved)
     images, total, every = images.to(device), config.train.total_steps, config.eval.every
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction).float()
+    w = weights_of(config, diffusion).float()
     seconds = Counter()
 
     def save(path: Path, content: dict) -> None:
@@ -228,7 +227,7 @@ def dry_run(config: Config, device: torch.device) -> None:
     state, diffusion = new_state(config, device)
     print(*(f"{key} = {value}" for key, value in flatten(config).items()), sep="\n")
     print(f"parameters = {sum(p.numel() for p in state.model.parameters()):,}")
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma, diffusion.prediction).float()
+    w = weights_of(config, diffusion).float()
     images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
 
     def seconds(work) -> float:
@@ -326,7 +325,8 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     if number and first():
         print(f"train.py: stopped by {signal.Signals(number).name}; resume with: {again}", file=sys.stderr)
     elif first():
-        print(f"{config.exp}: {config.train.total_steps} steps done. Samples: {max((run_dir / 'grids').iterdir())}\n"
+        newest = max((run_dir / "grids").glob("*.png"))
+        print(f"{config.exp}: {config.train.total_steps} steps done. Samples: {newest}\n"
               f"More of them: python sample.py {run_dir}")
     return 128 + number if number else 0
 

@@ -31,7 +31,7 @@ from config import Config, load_config
 from data import make_shapes
 from parallel import precision
 from rng import generator
-from weighting import loss_weights
+from runs import weights_of
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 PRECISIONS = ["fp32"] + ["bf16"] * (precision(True, CPU) == "bf16")
@@ -140,7 +140,7 @@ def training_pair(base: int, batch: int, precision: str) -> dict[str, Callable[[
     config = experiment(base, batch, f"train.amp={'true' if precision == 'bf16' else 'false'}")
     images = make_shapes(512)
     state, diffusion = train.new_state(config, CPU)
-    w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+    w = weights_of(config, diffusion).float()
     shake(state.model)
     peer = peers.DiffusersTraining(config, images, w, precision == "bf16")
     peer.model.load_state_dict(peers.weights_for_diffusers(state.model))
@@ -246,7 +246,7 @@ def curvature(quick: bool) -> list[dict]:
         config = experiment(base, 4, f"curvature.num_probes={2 if quick else 16}")
         state, diffusion = train.new_state(config, CPU)
         shake(state.model)
-        w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+        w = weights_of(config, diffusion).float()
         probed = copy.deepcopy(state.model).eval()
         params, rng = list(probed.parameters()), generator(0, "benchmark_probe")
         x_0, eps = torch.randn(2, 4, 3, 32, 32, generator=rng).unbind()
@@ -305,7 +305,7 @@ def memory_of(side: str, base: int) -> None:
     images = make_shapes(64)
     if side == "ours":
         state, diffusion = train.new_state(config, CPU)
-        w = loss_weights(diffusion.snr, config.loss.weighting, config.loss.gamma).float()
+        w = weights_of(config, diffusion).float()
         step = partial(train.train_step, config, state, diffusion, w, images)
     else:
         step = peers.DiffusersTraining(config, images, torch.ones(config.diffusion.num_timesteps))

@@ -21,7 +21,7 @@ from checkpoint import load_file, save_checkpoint
 from config import EXPERIMENTS, ConfigError, load_config, load_tables
 from data import to_uint8
 from diffusion import Diffusion, linear_betas
-from errors import UserError
+from errors import UserError, run_script
 from fid import FeatureStats
 from runs import Run, load_run, read_jsonl
 from weighting import WEIGHTINGS, loss_weights
@@ -261,3 +261,20 @@ def test_the_mean_of_a_batch_normalises_nothing():
     snr = Diffusion(linear_betas()).snr
     with pytest.raises(ValueError, match="whole schedule"):
         loss_weights(snr[torch.tensor([700, 3, 400])], "minsnr_norm", 5.0)
+
+
+def test_a_lack_of_memory_is_one_line_and_another_fault_is_not(capsys, monkeypatch):
+    def fails(error):
+        def main():
+            raise error
+        return main
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for error in (RuntimeError("can't allocate memory: you tried to allocate 38654705664 bytes\nat alloc_cpu.cpp"),
+                  torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36 GiB"), MemoryError()):
+        with pytest.raises(SystemExit) as status:
+            run_script(fails(error))
+        lines = capsys.readouterr().err.splitlines()
+        assert status.value.code == 2 and len(lines) == 1 and "train.py: error: not enough memory" in lines[0]
+    with pytest.raises(RuntimeError, match="illegal"):
+        run_script(fails(RuntimeError("CUDA error: an illegal memory access was encountered")))

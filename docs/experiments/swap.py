@@ -73,14 +73,15 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     network = feature_network(config.eval.features, default("eval.inception_weights"), device)
     distances = Distances(network, config.data.name, train, test, stats_root)
     n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
+    used = precision(config.eval.amp, torch.device(device))
     arms, lines, own, grain_train = dict(zip(names, (first, second), strict=True)), [], None, grain(train)
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
-                                precision(config.eval.amp, torch.device(device)), f"{noisy}, {clean}")
+                                used, f"{noisy}, {clean}")
         record, estimates = distances.measure(extract_shared(network, samples))
         own = own or (record, estimates)
         line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed,
-                "sampler": sampler, "nfe": nfe, "precision": precision(config.eval.amp, torch.device(device)), **record}
+                "sampler": sampler, "nfe": nfe, "precision": used, **record}
         for name, estimate in estimates.items():
             line |= {f"{name}_difference": record[name] - own[0][name],
                      f"{name}_difference_stderr": paired_stderr(estimate.influence, own[1][name].influence)}
