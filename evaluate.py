@@ -7,6 +7,7 @@
     python evaluate.py runs/E6/seed1077 --curvature                  Hessian traces
     python evaluate.py runs/E6/seed1077 --curvature --probes 256     with more probes, appended to its traces.jsonl
     python evaluate.py --stats cifar10 --n 5000                      reference statistics, floor and ceiling
+    python evaluate.py --diffusers DIR --distance --sampler ddim     distances of a network stored by diffusers
 """
 
 import argparse
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import interop
 from checkpoint import lock, replace_file
-from config import MAX_SAMPLES, Config, default
+from config import MAX_SAMPLES, Config, default, load_config
 from curvature import quadratic_forms, rademacher, summarise
 from data import grid_png, load_images, to_model_range, to_uint8
 from diffusion import SAMPLERS, Diffusion, spaced_timesteps
@@ -327,6 +329,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--frontier", type=integers, metavar="NFE,NFE", help="distances at each NFE, appended to the run")
     what.add_argument("--curvature", action="store_true", help="Hessian traces at the raw weights")
     what.add_argument("--stats", choices=["cifar10", "shapes"], help="make the statistics of these images; no RUN_DIR")
+    parser.add_argument("--diffusers", type=Path, metavar="DIR", help="a network for CIFAR-10, in place of RUN_DIR")
     parser.add_argument("--probes", type=int, help="of --curvature; its line then goes to the run's traces.jsonl")
     parser.add_argument("--step", type=int, help="a milestone of the run; its last checkpoint by default")
     parser.add_argument("--seed", type=int, help="of the samples of --distance; the run's by default")
@@ -340,11 +343,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stats-root", help=f"folder of reference statistics; default {default('eval.stats_root')}")
     parser.add_argument("--device", default=DEVICE, help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    if (args.run_dir is None) == (args.stats is None):
-        parser.error("give either RUN_DIR or --stats")
+    if [args.run_dir, args.stats, args.diffusers].count(None) != 2:
+        parser.error("give either RUN_DIR, --stats or --diffusers")
+    if args.diffusers and not args.distance:
+        parser.error("--diffusers: give --distance too")
     samples = args.distance or args.frontier
     reads = dict.fromkeys(["features", "weights", "n", "stats_root"], samples or args.stats)
-    reads |= {"nfe": args.distance, "seed": args.distance, "sampler": samples, "step": not args.stats,
+    reads |= {"nfe": args.distance, "seed": args.distance, "sampler": samples, "step": args.run_dir,
               "probes": args.curvature}
     for name, read in reads.items():
         if getattr(args, name) is not None and not read:
@@ -365,7 +370,11 @@ def main(argv: list[str] | None = None) -> int:
         distances, n = Distances(network, args.stats, *images, stats_root), args.n or 5000
         print(json.dumps({"n": n, **distances.origin, "reference_n": distances.reference.n, **distances.context(n)}))
         return 0
-    config, step, model, ema, diffusion = load_run(args.run_dir, device, args.step)
+    if args.diffusers:
+        config, step = load_config("E1"), None  # the defaults of eval.* and seed, on CIFAR-10
+        ema, diffusion = interop.read(args.diffusers, device)
+    else:
+        config, step, model, ema, diffusion = load_run(args.run_dir, device, args.step)
     ev = config.eval
     train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
     if args.curvature and args.probes is None:
@@ -393,6 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     seed = config.seed if args.seed is None else args.seed
     samplers = [args.sampler] if args.sampler else SAMPLERS if args.frontier else [ev.sampler]
     named = {"step": step, "kind": "frontier"} if args.frontier else {"step": step, "seed": seed}
+    named = {"diffusers": str(args.diffusers), "seed": seed} if args.diffusers else named
     points = [{**named, "sampler": sampler, "nfe": nfe, "n": n, "features": features,
                "precision": precision(ev.amp, device)} for sampler, nfe in product(samplers, nfes)]
     run_dir = args.run_dir if args.frontier else None

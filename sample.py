@@ -2,6 +2,7 @@
 
     python sample.py runs/E8c/seed1077 --sampler ddim --nfe 50 --n 64
     python sample.py runs/E8c/seed1077 --step 4000                    from the weights of a milestone
+    python sample.py runs/E8c/seed1077 --export-diffusers DIR         no samples: the network, for diffusers
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy
 
+import interop
 from checkpoint import replace_file
 from config import MAX_SAMPLES
 from data import grid_png
@@ -34,10 +36,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--npz", action="store_true", help="also save the samples: key arr_0, uint8 (N, 32, 32, 3)")
     parser.add_argument("--out", type=Path, help="folder to write to; RUN_DIR/samples by default")
     parser.add_argument("--device", default=DEVICE, help="cpu, cuda or cuda:N")
+    parser.add_argument("--export-diffusers", type=Path, metavar="DIR", help="new folder for diffusers' DDPMPipeline")
     args = parser.parse_args(argv)
+    for name in ("sampler", "nfe", "eta", "n", "seed", "npz", "out") if args.export_diffusers else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect with --export-diffusers")
 
     device = check_device(args.device)
     config, step, model, ema, diffusion = load_run(args.run_dir, device, args.step)
+    if args.export_diffusers:
+        interop.write(args.export_diffusers, config, model if args.raw else ema, diffusion)
+        print(args.export_diffusers)
+        return 0
     seed = config.seed if args.seed is None else args.seed
     limits = {"nfe": (args.nfe, 1, diffusion.T), "n": (args.n, 1, MAX_SAMPLES), "seed": (seed, 0, 2**63 - 1),
               "eta": (args.eta or 0, 0, 1)}

@@ -3,6 +3,7 @@
 Each function imports its own peer, so that a benchmark runs where only its peer is installed.
 """
 
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,74 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import interop
 from config import Config
-from model import Attention, Downsample, ResBlock, UNet
 
 # ---- diffusers ----
 
 def diffusers_unet(config: Config) -> nn.Module:
-    """UNet2DModel of the same architecture: with weights_for_diffusers it is the same function as our UNet.
-
-    Its defaults differ: GroupNorm of 32 groups, eps 1e-5; heads of 8 channels; padding on all sides before a stride;
-    cosine before sine, and frequencies that stop short of 1/10000. All are options; nothing is subclassed.
-    """
+    """UNet2DModel of the same architecture: with the weights of interop.to_diffusers, the same function as our UNet."""
     from diffusers import UNet2DModel
-    m = config.model
-    attends = [UNet.image_size >> i in m.attn_resolutions for i in range(len(m.channel_mults))]
-    return UNet2DModel(
-        sample_size=UNet.image_size, in_channels=UNet.image_channels, out_channels=UNet.image_channels,
-        block_out_channels=tuple(m.base_channels * mult for mult in m.channel_mults),
-        layers_per_block=m.num_res_blocks, dropout=m.dropout,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        norm_num_groups=min(32, m.base_channels // 4), norm_eps=1e-6,
-        attention_head_dim=None,  # one head of all channels
-        downsample_padding=0,     # means: pad right and below
-        flip_sin_to_cos=False, freq_shift=1)
-
-
-def _layer_names(layer: nn.Module, block: str, j: int) -> dict[str, nn.Module]:
-    """diffusers' name of each convolution, linear layer and norm of one of our layers (Attention aside)."""
-    if isinstance(layer, ResBlock):
-        names = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "emb", "norm2": "norm2", "conv2": "conv2",
-                 "conv_shortcut": "skip"}
-        return {f"{block}.resnets.{j}.{theirs}": getattr(layer, ours) for theirs, ours in names.items()
-                if not isinstance(getattr(layer, ours), nn.Identity)}
-    return {f"{block}.{'down' if isinstance(layer, Downsample) else 'up'}samplers.0.conv": layer.conv}
-
-
-def weights_for_diffusers(model: UNet) -> dict[str, Tensor]:
-    """The state dict of our UNet under diffusers' names."""
-    state = {}
-
-    def put(name: str, weight: Tensor, bias: Tensor) -> None:
-        state[f"{name}.weight"], state[f"{name}.bias"] = weight.detach().clone(), bias.detach().clone()
-
-    def put_layer(layer: nn.Module, block: str, j: int) -> None:
-        if isinstance(layer, Attention):  # its 1x1 convolutions are linear layers there, q, k and v apart
-            put(f"{block}.attentions.{j}.group_norm", layer.norm.weight, layer.norm.bias)
-            weights, biases = layer.qkv.weight[:, :, 0, 0].chunk(3), layer.qkv.bias.chunk(3)
-            for name, weight, bias in zip("qkv", weights, biases, strict=True):
-                put(f"{block}.attentions.{j}.to_{name}", weight, bias)
-            put(f"{block}.attentions.{j}.to_out.0", layer.proj.weight[:, :, 0, 0], layer.proj.bias)
-        else:
-            for name, inner in _layer_names(layer, block, j).items():
-                put(name, inner.weight, inner.bias)
-
-    for name, layer in {"time_embedding.linear_1": model.time_mlp[0], "time_embedding.linear_2": model.time_mlp[2],
-                        "conv_in": model.conv_in, "conv_norm_out": model.norm_out, "conv_out": model.conv_out}.items():
-        put(name, layer.weight, layer.bias)
-    for j, layer in enumerate(model.middle):  # ResBlock, Attention, ResBlock: numbered by kind
-        put_layer(layer, "mid_block", j // 2)
-    for side, blocks in (("down_blocks", model.down), ("up_blocks", model.up)):
-        level = j = 0
-        for block in blocks:
-            for layer in block:
-                put_layer(layer, f"{side}.{level}", j)
-            # a level ends with its Downsample, alone in a block, or with its Upsample, the last layer of a block
-            ends = not isinstance(block[-1], ResBlock | Attention)
-            level, j = (level + 1, 0) if ends else (level, j + 1)
-    return state
+    settings = interop.unet_config(**dataclasses.asdict(config.model))
+    return UNet2DModel(**{name: value for name, value in settings.items() if name != "_class_name"})
 
 
 class DiffusersTraining:

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import interop
 from benchmarks import peers
 from config import Config, load_config
 from data import make_shapes
@@ -119,7 +120,7 @@ def equal_networks(base: int) -> dict:
     from model import UNet
     ours, theirs = UNet(base), peers.diffusers_unet(experiment(base, 2))
     shake(ours)
-    theirs.load_state_dict(peers.weights_for_diffusers(ours))
+    theirs.load_state_dict(interop.to_diffusers(ours))
     rng = generator(0, "benchmark_input")
     x_t, t = torch.randn(2, 3, 32, 32, generator=rng), torch.tensor([3, 700])
     count = {"parameters": [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)],
@@ -143,7 +144,7 @@ def training_pair(base: int, batch: int, precision: str) -> dict[str, Callable[[
     w = weights_of(config, diffusion).float()
     shake(state.model)
     peer = peers.DiffusersTraining(config, images, w, precision == "bf16")
-    peer.model.load_state_dict(peers.weights_for_diffusers(state.model))
+    peer.model.load_state_dict(interop.to_diffusers(state.model))
     return {"ours": lambda: train.train_step(config, state, diffusion, w, images), "diffusers": peer}
 
 
@@ -172,7 +173,7 @@ def sampling(quick: bool) -> list[dict]:
         model, diffusion = build(config, CPU)
         shake(model.eval())
         peer = peers.diffusers_unet(config).eval()
-        peer.load_state_dict(peers.weights_for_diffusers(model))
+        peer.load_state_dict(interop.to_diffusers(model))
         x_T = torch.randn(n, 3, 32, 32, generator=generator(0, "x_T"))
         pairs = {}
         for p in PRECISIONS:

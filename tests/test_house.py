@@ -13,8 +13,9 @@ LEAVES = {"rng", "errors", "data", "model", "diffusion", "weighting", "curvature
 # What a module may import besides rng and errors. config reads the names in the tables of leaves.
 ALLOWED = {name: set() for name in LEAVES} | {
     "fid": {"inception"}, "curvature": {"taylor"}, "config": {"diffusion", "fid", "weighting"},
-    "runs": LEAVES | {"config"}, "evaluate": LEAVES | {"config", "runs"},
-    "train": LEAVES | {"config", "runs", "evaluate"}, "sample": LEAVES | {"config", "runs", "evaluate"},
+    "runs": LEAVES | {"config"}, "interop": {"checkpoint", "config", "diffusion", "model", "runs"},
+    "evaluate": LEAVES | {"config", "runs", "interop"}, "train": LEAVES | {"config", "runs", "evaluate"},
+    "sample": LEAVES | {"config", "runs", "evaluate", "interop"},
     "plots": LEAVES | {"config", "runs"}, "report": LEAVES | {"config", "runs", "plots"}}
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
