@@ -158,9 +158,9 @@ def read(folder: Path, device="cpu") -> tuple[UNet, Diffusion]:
                 "attn_resolutions": [UNet.image_size >> i for i, kind in enumerate(kinds) if kind.startswith("Attn")]}
         expected = unet_config(**args)
         for key in expected | stored:
-            if stored.get(key) != expected.get(key) and key not in ("_diffusers_version", "_name_or_path"):
-                raise UserError(f"{path}: {key} = {json.dumps(stored.get(key))}, but our UNet has "
-                                f"{json.dumps(expected.get(key))}")
+            value, ours = stored.get(key, "missing"), expected.get(key)
+            if value != ours and key not in ("_diffusers_version", "_name_or_path"):
+                raise UserError(f"{path}: {key} = {json.dumps(value)}; in our UNet it is {json.dumps(ours)}")
         model, path = UNet(**args), unet / WEIGHTS
         path = path if path.exists() else path.with_suffix(".bin")
         from_diffusers(model, read_safetensors(path) if path.suffix == ".safetensors" else

@@ -6,6 +6,7 @@ import torch
 from conftest import TINY, set_flags
 from PIL import Image
 
+import interop
 import sample
 import train
 from errors import UserError
@@ -65,3 +66,22 @@ def test_samples_of_a_milestone_go_into_the_run(run_dir, capsys):
     expected = sample_images(load_run(run_dir, "cpu", 6).ema, load_run(run_dir, "cpu").diffusion, 2, "ddim", 2, 1077)
     assert npz.parent == run_dir / "samples"
     assert (numpy.load(npz)["arr_0"] == expected.permute(0, 2, 3, 1).numpy()).all()
+
+
+@pytest.mark.parametrize("flags, step, which", [
+    ([], None, "ema"), (["--raw"], None, "model"), (["--step=6"], 6, "ema")])
+def test_the_network_asked_for_goes_to_diffusers(run_dir, tmp_path, capsys, flags, step, which):
+    assert sample.main([str(run_dir), "--device", "cpu", "--export-diffusers", str(tmp_path / "new"), *flags]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "new")]
+    run, (network, diffusion) = load_run(run_dir, "cpu", step), interop.read(tmp_path / "new")
+    pairs = {name: list(zip(network.parameters(), getattr(run, name).parameters(), strict=True))
+             for name in ("model", "ema")}
+    assert [name for name, pair in pairs.items() if all(torch.equal(p, q) for p, q in pair)] == [which]
+    assert torch.equal(diffusion.betas, run.diffusion.betas)
+
+
+@pytest.mark.parametrize("flag", ["--n=3", "--nfe=3", "--sampler=ddpm", "--npz", "--seed=1", "--eta=0", "--out=x"])
+def test_an_export_draws_no_samples(run_dir, tmp_path, flag):
+    with pytest.raises(SystemExit):
+        sample.main([str(run_dir), "--export-diffusers", str(tmp_path / "new"), flag])
+    assert not (tmp_path / "new").exists()
