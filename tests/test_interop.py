@@ -13,6 +13,7 @@ from data import make_shapes
 from diffusion import ddpm_sample
 from errors import UserError
 from evaluate import sample_images
+from model import UNet
 from rng import generator
 from runs import build
 
@@ -78,7 +79,7 @@ def folder(tmp_path):
     ["diffusion.prediction=x0", "diffusion.num_timesteps=7", "grid.nfe=1", "eval.nfe=1"],
     ["diffusion.prediction=v", "diffusion.beta_schedule=linear_zero_snr"],
     ["model.channel_mults=[1]", "model.attn_resolutions=[32]", "model.dropout=0.25"],
-    ["model.channel_mults=[1,3,2]", "model.num_res_blocks=1", "model.attn_resolutions=[32,8]"],
+    ["model.channel_mults=[1,3,2]", "model.num_res_blocks=1", "model.attn_resolutions=[32,16]"],
 ])
 def test_what_is_written_is_read(tmp_path, overrides):
     config, model, diffusion = network(SMALL, *overrides)
@@ -108,6 +109,20 @@ def test_names_and_layout_are_theirs(folder):
     assert "down_blocks.0.resnets.0.conv_shortcut.weight" not in header
     assert not {name for name in header if name.startswith(("down_blocks.3.downsamplers", "up_blocks.3.upsamplers"))}
     assert len(header) - 1 == len(list(model.parameters())) + 2 * 2 * 6  # q, k and v of 6 attentions
+
+
+def test_tensors_are_aligned(tmp_path):
+    for n in range(8):
+        interop.write_safetensors(tmp_path / "x", {"x" * n: torch.arange(3.0)})
+        assert int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") % 8 == 0
+        assert interop.read_safetensors(tmp_path / "x")["x" * n].tolist() == [0, 1, 2]
+
+
+def test_groups_are_those_of_the_network():
+    with torch.device("meta"):
+        for base in (4, 8, 128, 256):
+            args = base, (1,), 1, (), 0.0
+            assert UNet(*args).norm_out.num_groups == interop.unet_config(*args)["norm_num_groups"]
 
 
 def test_the_layout_of_older_versions_is_read(tmp_path):
@@ -235,7 +250,7 @@ def check_same(ours, theirs):
 @pytest.mark.parametrize("overrides", [
     *([f"model.base_channels={base}"] for base in (32, 64, 128)),
     ["model.base_channels=4", "model.channel_mults=[1]", "model.attn_resolutions=[32]"],
-    [SMALL, "model.channel_mults=[1,3,2]", "model.num_res_blocks=1", "model.attn_resolutions=[32,8]"],
+    [SMALL, "model.channel_mults=[1,3,2]", "model.num_res_blocks=1", "model.attn_resolutions=[32,16]"],
     [SMALL, "model.channel_mults=[1,1,1,1,1,1]", "model.num_res_blocks=3", "model.attn_resolutions=[]"],
 ])
 def test_their_network_is_ours(tmp_path, diffusers, overrides):
