@@ -90,7 +90,7 @@ LEAVES = {
     "grid.nfe": COUNT,
     "eval.every": COUNT,                                        # steps between milestones; and once at the end
     "eval.profile_t": Key(str, ("even", "dense")),              # timesteps of the per-t profile: see evaluate.py
-    "eval.profile_images": Key(int, (1, 10_000)),               # held-out images of the per-t profile
+    "eval.profile_images": Key(int, (2, 10_000)),               # held-out images of the per-t profile
     "eval.features": Key(str, (*FEATURES, "none")),             # network of the distances; "none" measures none
     "eval.inception_weights": TEXT,                             # path; "" for torch.hub's cache or download
     "eval.stats_root": TEXT,                                    # folder of reference statistics, made when first needed

@@ -15,7 +15,16 @@ from curvature import hutchinson_trace, summarise
 from data import load_images, make_shapes
 from diffusion import Diffusion, linear_betas
 from errors import UserError
-from evaluate import Distances, curvature_record, eval_mode, per_t_profile, profile_timesteps, sample_images
+from evaluate import (
+    Distances,
+    best_mean_slope,
+    curvature_record,
+    eval_mode,
+    image_statistics,
+    per_t_profile,
+    profile_timesteps,
+    sample_images,
+)
 from fid import FeatureStats, extract, frechet_distance, kid
 from model import UNet
 from rng import generator, seed_global
@@ -66,7 +75,8 @@ def test_profile_of_a_network_that_says_zero():
     """Then the error is the mean square of eps, 1 at every t."""
     ts = profile_timesteps(1000, "even")
     assert len(ts) == 21 and ts[:3] == [0, 50, 100] and ts[-1] == 999
-    mse = per_t_profile(UNet(8, (1,), 1, ()), D, make_shapes(8), ts)
+    mse, slope = per_t_profile(UNet(8, (1,), 1, ()), D, make_shapes(8), ts)
+    assert slope == [0.0] * 21
     assert mse == pytest.approx([1.0] * 21, abs=0.05) and len(set(mse)) == 21  # another eps at each t
 
 
@@ -78,9 +88,9 @@ def test_the_dense_grid_has_every_fifth_timestep_up_to_150():
 
 def test_profile_is_a_fixed_measuring_stick(net):
     images = make_shapes(25)
-    first = per_t_profile(net, D, images, [0, 500])
+    first, slopes = per_t_profile(net, D, images, [0, 500])
     torch.manual_seed(9)  # dropout is off, and nothing depends on the global generator
-    assert per_t_profile(net, D, images, [0, 500]) == first and net.training
+    assert per_t_profile(net, D, images, [0, 500]) == (first, slopes) and net.training
     eps = torch.randn(25, 3, 32, 32, generator=generator(0, "profile_eps", 1))  # against the formula, at t = 500
     ac = D.alphas_cumprod[500].float()
     with torch.no_grad():
@@ -88,9 +98,51 @@ def test_profile_is_a_fixed_measuring_stick(net):
         x_t = ac.sqrt() * x_0 + (1 - ac).sqrt() * eps
         output = net.eval()(x_t, torch.full((25,), 500))
     assert first[1] == pytest.approx((output - eps).square().mean().item(), rel=1e-4)
-    of_v = per_t_profile(net, Diffusion(linear_betas(), "v"), images, [0, 500])  # the same output taken for v
+    of_v, _ = per_t_profile(net, Diffusion(linear_betas(), "v"), images, [0, 500])  # the same output taken for v
     eps_hat = (1 - ac).sqrt() * x_t + ac.sqrt() * output
     assert of_v[1] == pytest.approx((eps_hat - eps).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_slope_of_the_best_linear_denoiser_of_channel_means(prediction):
+    """A network that knows best_mean_slope is found to have it, whatever it predicts; another slope is found too."""
+    images, ts, d = make_shapes(400), [50, 500, 999], Diffusion(linear_betas(), prediction)
+    best = best_mean_slope(D, images, ts)
+    assert best[0] < 0.02 < best[1] < 0.2 < 0.9 < best[2] < 1
+
+    class Linear(UNet):
+        def forward(self, x_t, t):  # eps_hat = slope * channel mean of x_t
+            ac = d.alphas_cumprod[t[0]].item()
+            eps_hat = dict(zip(ts, slopes, strict=True))[t[0].item()] * x_t.mean(dim=(2, 3), keepdim=True) + offset
+            x_0_hat = (x_t - (1 - ac)**0.5 * eps_hat) / ac**0.5
+            v_hat = (eps_hat - (1 - ac)**0.5 * x_t) / ac**0.5
+            return {"eps": eps_hat + 0 * x_t, "x0": x_0_hat, "v": v_hat}[prediction]
+
+    for slopes, offset in ((best, 0), ([0.3, 0.3, 0.3], 0.5)):
+        mse, slope = per_t_profile(Linear(8, (1,), 1, ()), d, images, ts)
+        assert slope == pytest.approx(slopes, rel=1e-3)
+        if slopes is best:
+            least = mse
+    assert all(a < b for a, b in zip(least, mse, strict=True))  # it is the best of the two
+    a = images.double().mean(dim=(2, 3)) / 127.5  # eps of exactly the variance and correlation that are expected
+    a = (a - a.mean(dim=0)).flatten()
+    eps = torch.randn(len(a), dtype=torch.float64, generator=generator(1, "test"))
+    eps -= (eps @ a) / (a @ a) * a
+    eps *= (399 * 3 / 1024) ** 0.5 / eps.norm()
+    for t, expected in zip(ts, best, strict=True):
+        ac = D.alphas_cumprod[t]
+        x_t = ac.sqrt() * a + (1 - ac).sqrt() * eps
+        assert (x_t @ eps) / (x_t @ x_t) == pytest.approx(expected, rel=1e-4)
+
+
+def test_statistics_of_known_images():
+    flat = torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)
+    stripes = flat.clone()
+    stripes[..., ::2] = 17  # 10 levels from column to column, none from row to row
+    assert image_statistics(flat) == {"channel_mean_sd": 0, "neighbour_rms": 0}
+    assert image_statistics(stripes)["neighbour_rms"] == pytest.approx(50**0.5)
+    flat[0, 0] = 13  # one channel of one image: variances 18, 0, 0
+    assert image_statistics(flat)["channel_mean_sd"] == pytest.approx(6**0.5)
 
 
 def test_eval_mode_restores_each_modules_own_mode(net):
@@ -122,7 +174,7 @@ def distances(tmp_path):
 
 def test_a_distance_comes_with_its_context(distances):
     samples = make_shapes(400)[300:]
-    record, estimates = distances.measure(extract(tiny_network(), samples).numpy())
+    record, estimates = distances.measure(samples, extract(tiny_network(), samples).numpy())
     f = [extract(tiny_network(), x).numpy() for x in (samples, distances.train, distances.test[:100])]
     moments = [(x.mean(axis=0), np.cov(x.astype(np.float64), rowvar=False)) for x in f]
     assert record["n"] == 100 and record["features"] == "inception" and record["reference"] == "shapes train, n = 300"
@@ -174,7 +226,7 @@ def test_statistics_published_elsewhere_are_used_with_a_warning(distances):
     np.savez(distances.root / "shapes_inception_train.npz", mu=np.zeros(6), sigma=np.eye(6))
     with pytest.warns(UserWarning, match="unknown origin"):
         distances = Distances(tiny_network(), "shapes", distances.train, distances.test, distances.root)
-        record, _ = distances.measure(extract(tiny_network(), make_shapes(50)).numpy())
+        record, _ = distances.measure(make_shapes(50), extract(tiny_network(), make_shapes(50)).numpy())
     assert record["reference"] == "shapes train, n = unknown"
     assert record["val/fid"] == pytest.approx(frechet_distance(
         *(lambda s: (s.mean, s.cov))(FeatureStats(6).update(extract(tiny_network(), make_shapes(50)))),
@@ -236,7 +288,9 @@ def test_distances_in_training(arms):
                for part in ("", "_stderr", "_floor", "_floor_test", "_ceiling")}
     for r, profile in zip(results, [read_jsonl(arms[1] / "per_t.jsonl")[i] for i in (0, 1, 1, 1)], strict=True):
         assert r.keys() == metrics | {"step", "kind", "sampler", "nfe", "n", "features", "reference", "precision",
-                                      "val/eps_mse_raw", "val/eps_mse_ema"}
+                                      "val/eps_mse_raw", "val/eps_mse_ema", *(
+                                          f"samples/{name}{of}" for name in ("channel_mean_sd", "neighbour_rms")
+                                          for of in ("", "_train"))}
         for key in ("eps_mse_raw", "eps_mse_ema"):
             assert r[f"val/{key}"] == pytest.approx(np.mean(profile[key]))
     assert len({r["val/fid"] for r in results}) == 4

@@ -267,7 +267,7 @@ def test_the_real_experiment_on_real_images(cifar10_root, tmp_path):
     """A few steps of E8c as it stands: base 64 on CIFAR-10."""
     assert train.main(["--exp", "E8c", "--device", "cpu", "--data-root", str(cifar10_root), "--out", str(tmp_path),
                        "--set", "train.total_steps=4", "--set", "log.every=2", "--set", "grid.n=1", "--set",
-                       "grid.nfe=1", "--set", "eval.profile_images=1", "--set", "eval.features=none"]) == 0
+                       "grid.nfe=1", "--set", "eval.profile_images=2", "--set", "eval.features=none"]) == 0
     run_dir = tmp_path / "E8c" / "seed1077"
     assert [r["step"] for r in losses(run_dir)] == [2, 4]
     assert all(0.5 < r["train/eps_mse"] < 1.5 for r in losses(run_dir))  # it starts at "eps_hat = 0"
