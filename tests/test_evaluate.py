@@ -111,19 +111,20 @@ def test_slope_of_the_best_linear_denoiser_of_channel_means(prediction):
     assert best[0] < 0.02 < best[1] < 0.2 < 0.9 < best[2] < 1
 
     class Linear(UNet):
-        def forward(self, x_t, t):  # eps_hat = slope * channel mean of x_t
-            ac = d.alphas_cumprod[t[0]].item()
-            eps_hat = dict(zip(ts, slopes, strict=True))[t[0].item()] * x_t.mean(dim=(2, 3), keepdim=True) + offset
-            x_0_hat = (x_t - (1 - ac)**0.5 * eps_hat) / ac**0.5
-            v_hat = (eps_hat - (1 - ac)**0.5 * x_t) / ac**0.5
-            return {"eps": eps_hat + 0 * x_t, "x0": x_0_hat, "v": v_hat}[prediction]
+        """eps_hat = slope * channel mean of x_t + offset."""
+        def __init__(self, slopes, offset):
+            super().__init__(8, (1,), 1, ())
+            self.slopes, self.offset = dict(zip(ts, slopes, strict=True)), offset
 
-    for slopes, offset in ((best, 0), ([0.3, 0.3, 0.3], 0.5)):
-        mse, slope = per_t_profile(Linear(8, (1,), 1, ()), d, images, ts)
-        assert slope == pytest.approx(slopes, rel=1e-3)
-        if slopes is best:
-            least = mse
-    assert all(a < b for a, b in zip(least, mse, strict=True))  # it is the best of the two
+        def forward(self, x_t, t):
+            signal, noise = (a.item() ** 0.5 for a in (d.alphas_cumprod[t[0]], 1 - d.alphas_cumprod[t[0]]))
+            eps_hat = self.slopes[t[0].item()] * x_t.mean(dim=(2, 3), keepdim=True) + self.offset + 0 * x_t
+            return {"eps": eps_hat, "x0": (x_t - noise * eps_hat) / signal,
+                    "v": (eps_hat - noise * x_t) / signal}[prediction]
+
+    (least, slope), (more, other) = (per_t_profile(Linear(*args), d, images, ts) for args in ((best, 0), ([0.3] * 3, 1)))
+    assert slope == pytest.approx(best, rel=1e-3) and other == pytest.approx([0.3] * 3, rel=1e-3)
+    assert all(x < y for x, y in zip(least, more, strict=True))
     a = images.double().mean(dim=(2, 3)) / 127.5  # eps of exactly the variance and correlation that are expected
     a = (a - a.mean(dim=0)).flatten()
     eps = torch.randn(len(a), dtype=torch.float64, generator=generator(1, "test"))
