@@ -122,7 +122,8 @@ def test_slope_of_the_best_linear_denoiser_of_channel_means(prediction):
             return {"eps": eps_hat, "x0": (x_t - noise * eps_hat) / signal,
                     "v": (eps_hat - noise * x_t) / signal}[prediction]
 
-    (least, slope), (more, other) = (per_t_profile(Linear(*args), d, images, ts) for args in ((best, 0), ([0.3] * 3, 1)))
+    (least, slope), (more, other) = (per_t_profile(Linear(*args), d, images, ts)
+                                     for args in ((best, 0), ([0.3] * 3, 1)))
     assert slope == pytest.approx(best, rel=1e-3) and other == pytest.approx([0.3] * 3, rel=1e-3)
     assert all(x < y for x, y in zip(least, more, strict=True))
     a = images.double().mean(dim=(2, 3)) / 127.5  # eps of exactly the variance and correlation that are expected
