@@ -287,11 +287,20 @@ def logged(path: Path, point: dict, make: Callable[[], dict]) -> dict:
     return line
 
 
+def save_grid(run_dir: Path, name: str, images: Tensor) -> None:
+    """Write uint8 images (n, 3, H, W) to RUN_DIR/grids/NAME.png, unless it is there."""
+    path = run_dir / "grids" / f"{name}.png"
+    if first() and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, grid_png(images))
+
+
 def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusion: Diffusion, seed: int,
-                   run_dir: Path | None = None, means: dict | None = None) -> Iterator[dict]:
+                   run_dir: Path | None = None, means: dict | None = None, grid: int = 0) -> Iterator[dict]:
     """The results line of each point, which has at least sampler, nfe, n and precision; samples are drawn with `seed`.
 
-    With a run_dir, lines that its results.jsonl holds are not measured again, and new ones, with `means`, are appended.
+    With a run_dir, lines that its results.jsonl holds are not measured again, and new ones, with `means`, are appended;
+    with a `grid`, so many of the samples are also saved as one.
     """
     @lru_cache(maxsize=2)
     def draw(sampler: str, nfe: int, n: int, precision: str) -> tuple[Tensor, np.ndarray]:
@@ -304,6 +313,8 @@ def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusio
         drawn = n if n % CHUNK else longest  # the first whole chunks do not depend on how many follow
         samples, features = draw(sampler, nfe, drawn, point["precision"])
         record, estimates = distances.measure(samples[:n], features[:n])
+        if run_dir and grid:
+            save_grid(run_dir, f"step_{point['step']:06d}_{sampler}{nfe}", samples[:grid])
         if run_dir and first():
             save_influence(run_dir, point | record, estimates)
         return record | (means or {})
@@ -325,12 +336,10 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
     if config.curvature.every and step % config.curvature.every == 0:
         logged(run_dir / "curvature.jsonl", {"step": step},
                lambda: curvature_record(config, step, model, diffusion, images))
-    path = run_dir / "grids" / f"step_{step:06d}_{grid.sampler}{grid.nfe}.png"
-    if (step % grid.every == 0 or last) and not from_first(path.exists):
-        samples = sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, used)  # always this noise
-        if first():
-            path.parent.mkdir(exist_ok=True)
-            replace_file(path, grid_png(samples))
+    name = f"step_{step:06d}_{grid.sampler}{grid.nfe}"
+    if (step % grid.every == 0 or last) and not from_first((run_dir / "grids" / f"{name}.png").exists):
+        save_grid(run_dir, "data", images[:grid.n])
+        save_grid(run_dir, name, sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, used))
     due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     due += [("final", sampler, ev.final_n_samples) for sampler in ev.final_samplers] if last else []
     if not due:
@@ -344,7 +353,7 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
         return []
     points = [{"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, "n": n, "precision": used,
                "features": ev.features} for kind, sampler, n in due]
-    return list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means))
+    return list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means, grid.n))
 
 
 def sentence(r: dict) -> str:

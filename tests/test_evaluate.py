@@ -12,7 +12,7 @@ import evaluate
 import train
 from config import load_config
 from curvature import hutchinson_trace, summarise
-from data import load_images, make_shapes
+from data import grid_png, load_images, make_shapes
 from diffusion import Diffusion, linear_betas
 from errors import UserError
 from evaluate import (
@@ -28,7 +28,7 @@ from evaluate import (
 from fid import FeatureStats, extract, frechet_distance, kid
 from model import UNet
 from rng import generator, seed_global
-from runs import paired_differences, read_jsonl
+from runs import load_run, paired_differences, read_jsonl
 from weighting import loss_weights
 
 D = Diffusion(linear_betas())
@@ -286,6 +286,12 @@ def test_distances_in_training(arms):
     assert [(r["step"], r["kind"], r["sampler"], r["n"]) for r in results] == [
         (6, "milestone", "ddpm", 20), (12, "milestone", "ddpm", 20),
         (12, "final", "ddpm", 10), (12, "final", "ddim", 10)]
+    assert sorted(path.name for path in (arms[1] / "grids").iterdir()) == [
+        "data.png", "step_000006_ddim2.png", "step_000006_ddpm3.png", "step_000012_ddim2.png",
+        "step_000012_ddim3.png", "step_000012_ddpm3.png"]
+    config, _, _, ema, diffusion = load_run(arms[1], "cpu", 6)
+    samples = sample_images(ema, diffusion, 20, "ddpm", 3, config.seed)[:config.grid.n]
+    assert (arms[1] / "grids" / "step_000006_ddpm3.png").read_bytes() == grid_png(samples)
     metrics = {f"val/{name}{part}" for name in ("fid", "kid")
                for part in ("", "_stderr", "_floor", "_floor_test", "_ceiling")}
     for r, profile in zip(results, [read_jsonl(arms[1] / "per_t.jsonl")[i] for i in (0, 1, 1, 1)], strict=True):
