@@ -195,7 +195,7 @@ def _read(path: str | Path) -> dict[str, dict]:
 
 def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
     """The tables [study.*], [figures.*] or [comparisons.*]. Raises ConfigError."""
-    keys = {"study": ("runs", "seeds"), "figures": ("kind", "runs", "until"),
+    keys = {"study": ("runs", "seeds"), "figures": ("kind", "runs"),
             "comparisons": ("title", "runs", "factor")}[name]
     tables = _read(path)
     for inner, table in tables[name].items():

@@ -299,7 +299,7 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
                 if not len(pulls_a.get(name, ())) == len(pulls_b.get(name, ())) == r_a["n"]:
                     raise UserError(f"{influence_path(run_a, r_a)} and that of {run_b}: not {r_a['n']} samples of "
                                     f"{name} each")
-                record |= {name: r_b[name] - r_a[name],
+                record |= {name: r_b[name] - r_a[name], f"{name}_baseline": r_a[name],
                            f"{name}_stderr": paired_stderr(pulls_b[name], pulls_a[name])}
             differences.append(record)
     return differences

@@ -21,9 +21,9 @@ from checkpoint import replace_file
 from config import load_tables
 from errors import UserError, run_script
 from fid import metric_name
-from plots import looks, save
+from plots import changes, looks, save
 from report import DISTANCE, decide, table
-from runs import Run, find_runs, paired_differences, read_jsonl
+from runs import Run, find_runs, read_jsonl
 
 HERE = Path(__file__).parent
 EXPS = load_tables("comparisons")["min_snr"]["runs"]
@@ -142,12 +142,10 @@ def panel_swaps(ax, arms: Arms) -> None:
 
 
 def panel_frontier(ax, arms: Arms) -> None:
+    key = metric_name("fd", arms.pairs[0][0].config.eval.features)
     for base, arm in arms.pairs:
         for sampler, dash in (("ddpm", "-"), ("ddim", "--")):
-            key = metric_name("fd", base.config.eval.features)
-            own = {r["nfe"]: r[key] for r in base.results("frontier") if r["sampler"] == sampler}
-            points = sorted((d["nfe"], 100 * d[key] / own[d["nfe"]]) for d in paired_differences(base.path, arm.path)
-                            if d["kind"] == "frontier" and d["sampler"] == sampler)
+            points = sorted((d["nfe"], d[key]) for d in changes(base, arm, "frontier") if d["sampler"] == sampler)
             ax.plot(*zip(*points, strict=True), dash, marker="s", markersize=3, color="#d55e00",
                     label=f"{sampler.upper()}" if (base, arm) == arms.pairs[0] else None)
     ax.axhline(0, color="#000000", linewidth=1)
@@ -161,10 +159,9 @@ def panel_forest(ax, arms: Arms) -> None:
     ratios = []
     for y, (base, arm) in enumerate(arms.pairs):
         one, two = distance(base, arms.step), distance(arm, arms.step)
-        (d,) = [d for d in paired_differences(base.path, arm.path) if d["kind"] == two["kind"]
-                and (d["step"], d["sampler"]) == (arms.step, two["sampler"])]
+        (d,) = [d for d in changes(base, arm, two["kind"]) if (d["step"], d["sampler"]) == (arms.step, two["sampler"])]
         ratios.append(two[key] / one[key])
-        ax.errorbar(100 * (ratios[-1] - 1), y, xerr=196 * d[f"{key}_stderr"] / one[key], marker="s", color="#d55e00")
+        ax.errorbar(d[key], y, xerr=1.96 * d[f"{key}_stderr"], marker="s", color="#d55e00")
         labels.append(f"seed {base.seed}")
     if len(ratios) > 1:
         mean, low, high = (100 * math.expm1(v) for v in interval([math.log(r) for r in ratios]))
