@@ -138,8 +138,8 @@ def test_slope_of_the_best_linear_denoiser_of_channel_means(prediction):
 
 
 def test_a_distance_is_told_with_its_error_and_what_it_is_held_against():
-    r = {"features": "lite0", "sampler": "ddim", "nfe": 50, "n": 2000, "val/fd_lite0": 123.45, "val/fd_lite0_stderr": 2.5,
-         "val/fd_lite0_floor": 51.2, "val/fd_lite0_ceiling": None}
+    r = {"features": "lite0", "sampler": "ddim", "nfe": 50, "n": 2000, "val/fd_lite0": 123.45,
+         "val/fd_lite0_stderr": 2.5, "val/fd_lite0_floor": 51.2, "val/fd_lite0_ceiling": None}
     text = evaluate.sentence(r)
     assert all(fact in text for fact in ("DDIM 50", "2,000", "val/fd_lite0 123.5 +- 2.5", "training images 51.2"))
     assert "noise" not in text and "noise 900.0" in evaluate.sentence(r | {"val/fd_lite0_ceiling": 900.0})
