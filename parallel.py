@@ -1,12 +1,13 @@
-"""One process, or several under torchrun: which one this is, and what they tell each other.
+"""One process, or several under torchrun: which one this is, what they tell each other, and when they are to stop.
 
 Random draws are made for the whole batch and cut by process. Process 0 alone reads and writes the run directory.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
@@ -105,6 +106,23 @@ def in_turn(value: Callable):
     own = value() if first() else None
     gathered(None)  # the others wait here for process 0
     return own if first() else value()
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], list[int]]]:
+    """A function that gives the SIGTERMs and Ctrl-Cs which have reached any of the processes since the start.
+
+    Only the first in each process is caught: a second one acts as usual. All processes must call the function together.
+    """
+    received = []
+    with ExitStack() as handlers:
+        def catch(number: int, frame) -> None:
+            received.append(number)
+            handlers.close()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers.callback(signal.signal, number, signal.signal(number, catch))
+        yield lambda: [number for numbers in gathered(received) for number in numbers]
 
 
 class Lines:

@@ -111,13 +111,18 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{run_dir}: exists and is not a run directory (no config.json); give another --out")
 
 
-def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> dict | None:
+def start(config: Config, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> dict | None:
     """Prepare run_dir, whose lock the caller holds; return the checkpoint to resume from, or None for step 0.
 
-    Raises UserError, before anything is changed, if the run cannot be resumed with this config.
+    Raises UserError, before anything is changed, as check_start does, or if this config cannot resume the run.
     """
+    check_start(run_dir, resume, overwrite)  # again: until it had the lock, another process may have been faster
     resume = resume and (run_dir / "config.json").exists()
     env = environment(config, device)
+    for key, amp, used in (("train.amp", config.train.amp, env["train_precision"]),
+                           ("eval.amp", config.eval.amp, env["sample_precision"])):
+        if amp and used == "fp32":
+            print(f"{key}: {device.type} has no bf16 here, so fp32 is used")
     started = read_json(run_dir / "env.json") if resume and (run_dir / "env.json").exists() else env
     saved = resumable(config, run_dir, started, env) if resume else None
     step = saved["step"] if saved else 0

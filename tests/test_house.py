@@ -14,7 +14,8 @@ LEAVES = {"rng", "errors", "data", "model", "diffusion", "weighting", "curvature
 ALLOWED = {name: set() for name in LEAVES} | {
     "fid": {"inception"}, "curvature": {"taylor"}, "config": {"diffusion", "fid", "weighting"},
     "runs": LEAVES | {"config"}, "evaluate": LEAVES | {"config", "runs"},
-    "train": LEAVES | {"config", "runs", "evaluate"}, "sample": LEAVES | {"config", "runs", "evaluate"},
+    "estimate": LEAVES | {"config", "evaluate"}, "train": LEAVES | {"config", "runs", "evaluate", "estimate"},
+    "sample": LEAVES | {"config", "runs", "evaluate"},
     "plots": LEAVES | {"config", "runs"}, "report": LEAVES | {"config", "runs", "plots"}}
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
