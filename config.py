@@ -173,8 +173,6 @@ def _resolve(raw: dict[str, tuple[object, str]], file: str) -> Config:
 
 def config_from_dict(table: dict, file: str) -> Config:
     """A Config from the nested dict that config.json and checkpoints hold, validated again. Raises ConfigError."""
-    if isinstance(table.get("diffusion"), dict):  # runs from before this key predict eps
-        table = table | {"diffusion": {"prediction": "eps"} | table["diffusion"]}
     return _resolve({key: (value, file) for key, value in flatten(table).items()}, file)
 
 
