@@ -117,8 +117,7 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
 
 def check_finite(state: State) -> None:
     """Raise FloatingPointError if a loss or gradient since the last log line, or a weight, is not finite."""
-    weights = (*state.model.parameters(), *state.ema.parameters())
-    if not (state.sums.isfinite().all() and all(p.isfinite().all() for p in weights)):
+    if not all(x.isfinite().all() for x in (state.sums, *state.model.parameters(), *state.ema.parameters())):
         raise FloatingPointError(f"step {state.step}: loss, gradient or weights are not finite, at this step or in the "
                                  f"{int(state.sums[3])} steps since the last log line")
 
