@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from errors import UserError
@@ -73,6 +74,13 @@ def joined(device: torch.device) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def replicated(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model; with several processes, one that averages its gradients over them."""
+    if world() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def share(n: int) -> slice:

@@ -119,9 +119,8 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool, ove
     """
     check_start(run_dir, resume, overwrite)  # again: until it had the lock, another process may have been faster
     env, saved = environment(config, device), None
-    for key, amp, used in (("train.amp", config.train.amp, env["train_precision"]),
-                           ("eval.amp", config.eval.amp, env["sample_precision"])):
-        if amp and used == "fp32":
+    for key, amp in (("train.amp", config.train.amp), ("eval.amp", config.eval.amp)):
+        if amp and precision(amp, device) == "fp32":
             print(f"{key}: {device.type} has no bf16 here, so fp32 is used")
     if resume and (run_dir / "config.json").exists():
         started = read_json(run_dir / "env.json") if (run_dir / "env.json").exists() else env
@@ -142,7 +141,8 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
     Raises UserError, before that, if config or precision are not those that the run was started with.
     """
     started, saved = Run(run_dir).config, None
-    reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
+    logs = {path: read_jsonl(path) for name in LOGS if (path := run_dir / name).exists()}
+    reached = max((r["step"] for records in logs.values() for r in records), default=0)
     if any((run_dir / "checkpoints").glob("*.pt")):
         started, saved = read_checkpoint(run_dir)
     elif reached > min(started.train.checkpoint_every, started.eval.every, started.train.total_steps):
@@ -163,8 +163,8 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
     print(f"{run_dir}: resuming from step {step}{again}")
     (run_dir / "done.json").unlink(missing_ok=True)  # training writes it again
-    for path in (run_dir / name for name in LOGS if (run_dir / name).exists()):  # evaluate.py added the frontier
-        kept = [r for r in read_jsonl(path) if r["step"] <= step or r.get("kind") == "frontier"]
+    for path, records in logs.items():
+        kept = [r for r in records if r["step"] <= step or r.get("kind") == "frontier"]  # which evaluate.py added
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return saved
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import parallel
@@ -47,7 +46,7 @@ class State:
     """All that training changes; a checkpoint holds it, and a run resumed from it is the same to the last bit."""
     step: int                        # updates done
     model: UNet
-    network: nn.Module               # the model, wrapped in DistributedDataParallel if there are several processes
+    network: nn.Module               # the model; of several processes, with their mean gradient
     ema: UNet                        # exponential moving average of the model's weights, in eval mode
     optimizer: torch.optim.Adam
     sums: Tensor                     # float64 (4,), since the last log line: loss, eps_mse, grad_norm, number of steps
@@ -68,10 +67,8 @@ def new_state(config: Config, device: torch.device) -> tuple[State, Diffusion]:
     model, diffusion = build(config, device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, fused=True)
-    network = model
-    if world() > 1:
-        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return State(0, model, network, ema, optimizer, torch.zeros(4, dtype=torch.float64, device=device)), diffusion
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    return State(0, model, parallel.replicated(model, device), ema, optimizer, sums), diffusion
 
 
 def draw_batch(config: Config, step: int, T: int, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
