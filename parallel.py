@@ -118,9 +118,10 @@ def in_turn(value: Callable):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], list[int]]]:
-    """A function that gives the SIGTERMs and Ctrl-Cs which have reached any of the processes since the start.
+    """Inside, a function that gives the SIGTERMs and Ctrl-Cs which any process has received since the start.
 
-    Only the first in each process is caught: a second one acts as usual. All processes must call the function together.
+    A process catches only its first one: a second one acts as usual. All processes must call the function together,
+    so that they stop at the same step.
     """
     received = []
     with ExitStack() as handlers:
@@ -139,9 +140,6 @@ class Lines:
     def write(self, text: str) -> None:
         if text.strip():
             print(text.strip(), file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 def bar(steps: Iterable | None, label: str, **options) -> tqdm:

@@ -46,7 +46,7 @@ class State:
     """All that training changes; a checkpoint holds it, and a run resumed from it is the same to the last bit."""
     step: int                        # updates done
     model: UNet
-    network: nn.Module               # the model; of several processes, with their mean gradient
+    network: nn.Module               # the model; in several processes it averages its gradients over them
     ema: UNet                        # exponential moving average of the model's weights, in eval mode
     optimizer: torch.optim.Adam
     sums: Tensor                     # float64 (4,), since the last log line: loss, eps_mse, grad_norm, number of steps
@@ -184,7 +184,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                 save(checkpoint_path(run_dir), state.state_dict())
             if done or any(n and step % n == 0 for n in (every, config.grid.every, config.curvature.every)):
                 measure()
-            stop = stops() if logs or world() == 1 else []  # several processes ask each other, which takes time
+            stop = stops() if logs or world() == 1 else []  # several processes ask each other: at log lines only
             if first() and (logs or done or stop):
                 append_jsonl(run_dir / "timing.jsonl", {"step": step, **seconds})
                 seconds.clear()
