@@ -90,4 +90,5 @@ rule pages:
         [f"{RUNS}/swap/{A}_{s}_{A}_{u}_step{step}.jsonl" for s, u in zip(SEEDS, SEEDS[1:]) for step in SWAPS],
         expand(rules.longer.output, seed=SEEDS)
     output: touch(f"{RUNS}/pages")
-    shell: "{CODE}/docs/experiments/pages.py"
+    shell: "{CODE}/docs/experiments/pages.py && "
+           "{CODE}/docs/experiments/answer.py --runs {RUNS:q} --out {RUNS:q}/reports"

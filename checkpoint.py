@@ -78,18 +78,25 @@ def save_checkpoint(path: Path, state: dict) -> None:
     replace_file(new, payload + hashlib.sha256(payload).digest())
     if path.name == LAST:
         with suppress(UserError, FileNotFoundError):  # a damaged last.pt does not replace previous.pt
-            load_file(path)
+            read_payload(path)
             rename(path, path.with_name(PREVIOUS))
         rename(new, path)
 
 
-def load_file(path: Path, device="cpu") -> dict:
-    """The state that save_checkpoint wrote to path. Raises UserError if it is damaged, OSError if it is missing."""
+def read_payload(path: Path) -> bytes:
+    """What torch.save wrote of a checkpoint. Raises UserError if it is damaged, OSError if it is missing."""
     content = path.read_bytes()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+    payload, digest = content[:-32], content[-32:]
+    if hashlib.sha256(payload).digest() != digest:
         raise UserError(f"{path}: damaged (its SHA-256 digest does not match)")
+    return payload
+
+
+def load_file(path: Path, device="cpu") -> dict:
+    """The state that save_checkpoint wrote to path. Raises UserError and OSError like read_payload."""
+    payload = read_payload(path)
     try:
-        state = torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile raise many kinds
         raise UserError(f"{path}: not a checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or type(state.get("step")) is not int:

@@ -90,7 +90,7 @@ LEAVES = {
     "grid.nfe": COUNT,
     "eval.every": COUNT,                                        # steps between milestones; and once at the end
     "eval.profile_t": Key(str, ("even", "dense")),              # timesteps of the per-t profile: see evaluate.py
-    "eval.profile_images": Key(int, (1, 10_000)),               # held-out images of the per-t profile
+    "eval.profile_images": Key(int, (2, 10_000)),               # held-out images of the per-t profile
     "eval.features": Key(str, (*FEATURES, "none")),             # network of the distances; "none" measures none
     "eval.inception_weights": TEXT,                             # path; "" for torch.hub's cache or download
     "eval.stats_root": TEXT,                                    # folder of reference statistics, made when first needed
@@ -173,8 +173,6 @@ def _resolve(raw: dict[str, tuple[object, str]], file: str) -> Config:
 
 def config_from_dict(table: dict, file: str) -> Config:
     """A Config from the nested dict that config.json and checkpoints hold, validated again. Raises ConfigError."""
-    if isinstance(table.get("diffusion"), dict):  # runs from before this key predict eps
-        table = table | {"diffusion": {"prediction": "eps"} | table["diffusion"]}
     return _resolve({key: (value, file) for key, value in flatten(table).items()}, file)
 
 
@@ -195,7 +193,7 @@ def _read(path: str | Path) -> dict[str, dict]:
 
 def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
     """The tables [study.*], [figures.*] or [comparisons.*]. Raises ConfigError."""
-    keys = {"study": ("runs", "seeds"), "figures": ("kind", "runs", "until"),
+    keys = {"study": ("runs", "seeds"), "figures": ("kind", "runs"),
             "comparisons": ("title", "runs", "factor")}[name]
     tables = _read(path)
     for inner, table in tables[name].items():

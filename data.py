@@ -99,8 +99,8 @@ def make_shapes(n: int, split: str = "train") -> Tensor:
     Each shows a disc, square, triangle, ring or cross, lit from the upper left, on a smooth two-coloured background.
     A split's images are always the same, and a longer set begins with the shorter one.
     """
-    chunks = [_shapes_chunk(generator(0, f"shapes/{split}", i)) for i in range(math.ceil(n / CHUNK))]
-    return torch.cat(chunks)[:n] if chunks else torch.empty(0, 3, 32, 32, dtype=torch.uint8)
+    chunks = [_shapes_chunk(generator(0, f"shapes/{split}", i)) for i in range(max(1, math.ceil(n / CHUNK)))]
+    return torch.cat(chunks)[:n]
 
 
 def _shapes_chunk(rng: torch.Generator) -> Tensor:

@@ -94,6 +94,13 @@ class Diffusion:
         signal, noise = self._signal_noise(t, x_t)
         return (x_t - noise * output) / signal if self.prediction == "eps" else signal * x_t - noise * output
 
+    def predict_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """eps_hat, shape of x_t, from the network's output, whatever it predicts."""
+        if self.prediction == "eps":
+            return output
+        signal, noise = self._signal_noise(t, x_t)
+        return (x_t - signal * self.predict_x0(x_t, t, output)) / noise
+
     def mse(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """|target - model(x_t, t)|^2 averaged over pixels, unweighted: (B,), type of x_0 (Ho et al. 2020, eq. 14)."""
         output = model(self.q_sample(x_0, t, eps), t)

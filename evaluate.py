@@ -96,30 +96,54 @@ def profile_timesteps(T: int, kind: str) -> list[int]:
 
 
 @torch.no_grad()
-def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor, ts: list[int]) -> list[float]:
-    """The mean unweighted eps-MSE over held-out images uint8 (N, 3, 32, 32) at each t of ts, dropout off.
+def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor, ts: list[int]) -> tuple[list[float], list[float]]:
+    """At each t of ts, over held-out images uint8 (N >= 2, 3, 32, 32), dropout off: eps-MSE and slope of channel means.
 
-    Images and eps are the same for every model, step, arm and seed.
+    The slope is that of the line through (channel mean of x_t, channel mean of eps_hat); see best_mean_slope. Images
+    and eps are the same for every model, step, arm and seed.
     """
     device = next(model.parameters()).device
 
-    def mse_at(i: int) -> float:
-        eps, total = torch.randn(images.shape, generator=generator(0, "profile_eps", i)), 0.0
+    def at(i: int) -> tuple[float, float]:
+        eps, total, means = torch.randn(images.shape, generator=generator(0, "profile_eps", i)), 0.0, []
+
+        def watched(x_t: Tensor, t: Tensor) -> Tensor:
+            output = model(x_t, t)
+            x_bar, output_bar = (a.double().mean(dim=(2, 3)) for a in (x_t, output))  # (B, 3); all below is linear
+            means.append((x_bar, diffusion.predict_eps(x_bar, t, output_bar)))
+            return output
+
         for x, e in zip(images.split(CPU_BATCH), eps.split(CPU_BATCH), strict=True):
             t = torch.full((len(x),), ts[i], dtype=torch.int64, device=device)
-            mse = diffusion.eps_mse(model, to_model_range(x.to(device)), t, e.to(device))
+            mse = diffusion.eps_mse(watched, to_model_range(x.to(device)), t, e.to(device))
             total += mse.double().sum().item()
-        return total / len(images)
+        x_bar, eps_bar = map(torch.cat, zip(*means, strict=True))
+        x_bar -= x_bar.mean(dim=0)
+        return total / len(images), ((x_bar * eps_bar).sum() / x_bar.square().sum()).item()
 
     with eval_mode(model):
-        return map_shared(mse_at, len(ts), "per-t profile")
+        mse, slope = zip(*map_shared(at, len(ts), "per-t profile"), strict=True)
+    return list(mse), list(slope)
+
+
+def best_mean_slope(diffusion: Diffusion, images: Tensor, ts: list[int]) -> list[float]:
+    """The slope of channel means of the best linear estimate of eps's channel mean from x_t's, at each t of ts.
+
+    It is cov / var = noise E / (signal^2 V + noise^2 E), where V is the variance of a channel mean over the images and
+    E = 1 / (32 * 32) that of eps's. A network that cannot see x_t's channel mean has a slope near 0.
+    """
+    ac, E = diffusion.alphas_cumprod.cpu()[ts], 1 / images[0, 0].numel()
+    V = to_model_range(images).mean(dim=(2, 3)).var(dim=0).mean().item()
+    return ((1 - ac).sqrt() * E / (ac * V + (1 - ac) * E)).tolist()
 
 
 def profile_record(config: Config, step: int, model: UNet, ema: UNet, diffusion: Diffusion, images: Tensor) -> dict:
     """One line of per_t.jsonl: the profiles of raw and EMA weights."""
     ts = profile_timesteps(diffusion.T, config.eval.profile_t)
-    raw, averaged = (per_t_profile(network, diffusion, images, ts) for network in (model, ema))
-    return {"step": step, "n": len(images), "t": ts, "eps_mse_raw": raw, "eps_mse_ema": averaged}
+    record = {"step": step, "n": len(images), "t": ts, "eps_mean_slope_best": best_mean_slope(diffusion, images, ts)}
+    for name, network in (("raw", model), ("ema", ema)):
+        record[f"eps_mse_{name}"], record[f"eps_mean_slope_{name}"] = per_t_profile(network, diffusion, images, ts)
+    return record
 
 
 def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusion, images: Tensor) -> dict:
@@ -154,6 +178,19 @@ def curvature_record(config: Config, step: int, model: UNet, diffusion: Diffusio
 
 
 # ---- distances ----
+
+def image_statistics(images: Tensor) -> dict[str, float]:
+    """Of uint8 images (N >= 2, 3, H, W), in levels of 255, what a distance does not tell apart.
+
+    channel_mean_sd: how far mean colours spread, the standard deviation over images of a channel's mean.
+    neighbour_rms: how much texture there is, the root mean square difference of neighbouring pixels.
+    """
+    means = torch.cat([part.double().mean(dim=(2, 3)) for part in images.split(1000)])  # (N, 3)
+    squares = [torch.cat([part.float().diff(dim=d).square().mean(dim=(1, 2, 3)) for part in images.split(1000)])
+               for d in (-1, -2)]  # each (N,)
+    return {"channel_mean_sd": means.var(dim=0).mean().sqrt().item(),
+            "neighbour_rms": torch.cat(squares).double().mean().sqrt().item()}
+
 
 class Distances:
     """Distances of samples to the training images (Frechet distance and KID), with their errors and context.
@@ -202,6 +239,10 @@ class Distances:
             stats.sample = extract_shared(self.network, self.train[:SAMPLE], "reference of KID")
         return stats
 
+    @cached_property
+    def train_statistics(self) -> dict[str, float]:
+        return image_statistics(self.train)
+
     def estimates(self, features: np.ndarray) -> dict[str, Estimate]:
         """Every metric of features (n, d), under its name in the logs."""
         return {metric_name(metric, self.network.name): estimate(features, self.reference)
@@ -227,12 +268,14 @@ class Distances:
                 replace_file(self.context_path, json.dumps(cached, indent=2).encode(), tag=str(os.getpid()))
         return cached[str(n)]
 
-    def measure(self, features: np.ndarray) -> tuple[dict, dict[str, Estimate]]:
-        """The fields of a results line for features (n, d), and the estimates they come from."""
+    def measure(self, samples: Tensor, features: np.ndarray) -> tuple[dict, dict[str, Estimate]]:
+        """The fields of a results line for samples uint8 (n, 3, 32, 32) with features (n, d), and their estimates."""
         estimates, record = self.estimates(features), {"n": len(features), "features": self.network.name}
         record["reference"] = f"{self.data_name} train, n = {self.reference.n or 'unknown'}"
         for name, estimate in estimates.items():
             record |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+        for name, value in image_statistics(samples).items():
+            record |= {f"samples/{name}": value, f"samples/{name}_train": self.train_statistics[name]}
         return record | self.context(len(features)), estimates
 
 
@@ -246,22 +289,34 @@ def logged(path: Path, point: dict, make: Callable[[], dict]) -> dict:
     return line
 
 
+def save_grid(run_dir: Path, name: str, images: Tensor) -> None:
+    """Write uint8 images (n, 3, H, W) to RUN_DIR/grids/NAME.png, unless it is there."""
+    path = run_dir / "grids" / f"{name}.png"
+    if first() and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, grid_png(images))
+
+
 def measure_points(points: list[dict], distances: Distances, ema: UNet, diffusion: Diffusion, seed: int,
-                   run_dir: Path | None = None, means: dict | None = None) -> Iterator[dict]:
+                   run_dir: Path | None = None, means: dict | None = None, grid: int = 0) -> Iterator[dict]:
     """The results line of each point, which has at least sampler, nfe, n and precision; samples are drawn with `seed`.
 
-    With a run_dir, lines that its results.jsonl holds are not measured again, and new ones, with `means`, are appended.
+    With a run_dir, lines that its results.jsonl holds are not measured again, and new ones, with `means`, are appended;
+    with a `grid`, so many of the samples are also saved as one.
     """
     @lru_cache(maxsize=2)
-    def features(sampler: str, nfe: int, n: int, precision: str) -> np.ndarray:
+    def draw(sampler: str, nfe: int, n: int, precision: str) -> tuple[Tensor, np.ndarray]:
         samples = sample_images(ema, diffusion, n, sampler, nfe, seed, precision, f"{sampler} {nfe}")
-        return extract_shared(distances.network, samples)
+        return samples, extract_shared(distances.network, samples)
 
     def fields(point: dict) -> dict:
         sampler, nfe, n = point["sampler"], point["nfe"], point["n"]
         longest = max(p["n"] for p in points if (p["sampler"], p["nfe"]) == (sampler, nfe))
         drawn = n if n % CHUNK else longest  # the first whole chunks do not depend on how many follow
-        record, estimates = distances.measure(features(sampler, nfe, drawn, point["precision"])[:n])
+        samples, features = draw(sampler, nfe, drawn, point["precision"])
+        record, estimates = distances.measure(samples[:n], features[:n])
+        if run_dir and grid:
+            save_grid(run_dir, f"step_{point['step']:06d}_{sampler}{nfe}", samples[:grid])
         if run_dir and first():
             save_influence(run_dir, point | record, estimates)
         return record | (means or {})
@@ -283,12 +338,10 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
     if config.curvature.every and step % config.curvature.every == 0:
         logged(run_dir / "curvature.jsonl", {"step": step},
                lambda: curvature_record(config, step, model, diffusion, images))
-    path = run_dir / "grids" / f"step_{step:06d}_{grid.sampler}{grid.nfe}.png"
-    if (step % grid.every == 0 or last) and not from_first(path.exists):
-        samples = sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, used)  # always this noise
-        if first():
-            path.parent.mkdir(exist_ok=True)
-            replace_file(path, grid_png(samples))
+    name = f"step_{step:06d}_{grid.sampler}{grid.nfe}"
+    if (step % grid.every == 0 or last) and not from_first((run_dir / "grids" / f"{name}.png").exists):
+        save_grid(run_dir, "data", images[:grid.n])
+        save_grid(run_dir, name, sample_images(ema, diffusion, grid.n, grid.sampler, grid.nfe, config.seed, used))
     due = [("milestone", ev.sampler, ev.n_samples)] if step % ev.every == 0 else []
     due += [("final", sampler, ev.final_n_samples) for sampler in ev.final_samplers] if last else []
     if not due:
@@ -302,7 +355,7 @@ def measure(config: Config, run_dir: Path, step: int, model: UNet, ema: UNet, di
         return []
     points = [{"step": step, "kind": kind, "sampler": sampler, "nfe": ev.nfe, "n": n, "precision": used,
                "features": ev.features} for kind, sampler, n in due]
-    return list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means))
+    return list(measure_points(points, distances, ema, diffusion, config.seed, run_dir, means, grid.n))
 
 
 def sentence(r: dict) -> str:

@@ -179,21 +179,19 @@ class FeatureStats:
     def load(cls, path: str | Path) -> "FeatureStats":
         """Statistics saved here, or by pytorch-fid (mu and sigma only, with a warning). Raises UserError."""
         content = load_npz(path)
-        try:
-            mu, sigma, sample = content["mu"], content["sigma"], content.get("sample", content["mu"][None])
-            n = int(content["n"]) if "n" in content else None
-            d, finite = len(mu), all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma, sample))
-            right = (mu.shape, sigma.shape, sample.shape[1:]) == ((d,), (d, d), (d,)) and (n is None or n > 1)
-            if not (finite and right):
-                raise ValueError
-        except (KeyError, ValueError, TypeError):
+        mu, sigma = (content.get(key, np.empty(0)) for key in ("mu", "sigma"))
+        n, sample = content.get("n", np.array(2)), content.get("sample", mu[None])
+        d, finite = mu.size, all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma, sample))
+        fit = (mu.shape, sigma.shape, sample.shape[1:], n.shape) == ((d,), (d, d), (d,), ())
+        if not (d and finite and fit and n.dtype.kind in "iu" and n >= 2):
             holds = {key: array.shape for key, array in content.items()}
             raise UserError(f"{path}: holds {holds}; expected finite mu (d,) and sigma (d, d), perhaps n and "
-                            "sample (m, d)") from None
+                            "sample (m, d)")
         stats = cls(d, **{key: str(content[key]) for key in ORIGIN if key in content})
-        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-        stats.mean, stats.n, stats.sample = mu, n, content.get("sample")
-        stats._scatter = sigma if n is None else sigma * (n - 1)
+        stats.n, stats.sample = int(n) if "n" in content else None, content.get("sample")
+        stats.mean, stats._scatter = mu.astype(np.float64), sigma.astype(np.float64)
+        if stats.n is not None:
+            stats._scatter *= stats.n - 1
         if stats.features is None:
             warnings.warn(f"{path}: statistics of unknown origin; their network is not checked", stacklevel=2)
         return stats
@@ -341,22 +339,24 @@ def folder_images(path: Path) -> Iterator[Tensor]:
 
 def stats_of(path: Path, network: nn.Module) -> FeatureStats:
     """Statistics of a folder or npz of images, or those that an npz holds. Raises UserError."""
-    content = {} if path.is_dir() else load_npz(path)
-    if {"mu", "sigma"} <= content.keys():
-        stats = FeatureStats.load(path)
-        if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
-            raise UserError(f"{path}: statistics of {stats.features or stats.dim}, not of this {network.name}")
+    if path.is_dir():
+        batches = folder_images(path)
     else:
-        batches, stats = folder_images(path), FeatureStats(network.dim, network.name, network.weights_hash)
-        if not path.is_dir():
-            x = next(iter(content.values()), np.empty(0))
-            if x.dtype != np.uint8 or x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
-                raise UserError(f"{path}: holds {x.dtype} {x.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
-            batches = torch.from_numpy(x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)).split(50)
-        for batch in tqdm(batches, desc=str(path), unit="batch", disable=None, leave=False):
-            stats.update(extract(network, batch))
-        if stats.n < 2:
-            raise UserError(f"{path}: {stats.n} image; a covariance needs at least 2")
+        content = load_npz(path)
+        if {"mu", "sigma"} <= content.keys():
+            stats = FeatureStats.load(path)
+            if stats.dim != network.dim or stats.weights_hash not in (None, network.weights_hash):
+                raise UserError(f"{path}: statistics of {stats.features or stats.dim}, not of this {network.name}")
+            return stats
+        x = next(iter(content.values()), np.empty(0))
+        if x.dtype != np.uint8 or x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
+            raise UserError(f"{path}: holds {x.dtype} {x.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
+        batches = torch.from_numpy(x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)).split(50)
+    stats = FeatureStats(network.dim, network.name, network.weights_hash)
+    for batch in tqdm(batches, desc=str(path), unit="batch", disable=None, leave=False):
+        stats.update(extract(network, batch))
+    if stats.n < 2:
+        raise UserError(f"{path}: {stats.n} image; a covariance needs at least 2")
     return stats
 
 

@@ -1,16 +1,18 @@
-"""One process, or several under torchrun: which one this is, and what they tell each other.
+"""One process, or several under torchrun: which one this is, what they tell each other, and when they are to stop.
 
 Random draws are made for the whole batch and cut by process. Process 0 alone reads and writes the run directory.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from errors import UserError
@@ -74,6 +76,13 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def replicated(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model; with several processes, one that averages its gradients over them."""
+    if world() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
 def share(n: int) -> slice:
     """This process's part of n things in a row; n must be a multiple of world()."""
     return slice(rank() * n // world(), (rank() + 1) * n // world())
@@ -107,15 +116,30 @@ def in_turn(value: Callable):
     return own if first() else value()
 
 
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], list[int]]]:
+    """Inside, a function that gives the SIGTERMs and Ctrl-Cs which any process has received since the start.
+
+    A process catches only its first one: a second one acts as usual. All processes must call the function together,
+    so that they stop at the same step.
+    """
+    received = []
+    with ExitStack() as handlers:
+        def catch(number: int, frame) -> None:
+            received.append(number)
+            handlers.close()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers.callback(signal.signal, number, signal.signal(number, catch))
+        yield lambda: [number for numbers in gathered(received) for number in numbers]
+
+
 class Lines:
     """A file for tqdm that makes a line of each update: without a terminal a bar cannot be drawn over."""
 
     def write(self, text: str) -> None:
         if text.strip():
             print(text.strip(), file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 def bar(steps: Iterable | None, label: str, **options) -> tqdm:

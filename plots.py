@@ -39,8 +39,11 @@ DASHES = dict(zip(SAMPLERS, cycle(("-", "--", "-.", ":"))))  # in a figure with 
 
 
 def looks(runs: list[Run]) -> dict[Run, dict]:
-    """Each run's arguments of errorbar(): its arm's look, or a spare one if an earlier experiment has the same arm."""
-    by_exp, left, spare = {}, dict(LOOKS), cycle(SPARE)
+    """Each run's arguments of errorbar(): its arm's look, or a spare one if an earlier experiment has the same arm.
+
+    Of the seeds of an experiment, every second one has open markers.
+    """
+    by_exp, left, spare, faces = {}, dict(LOOKS), cycle(SPARE), {}
     for run in {run.exp: run for run in runs}.values():
         kind, order = run.config.loss.weighting, len(by_exp)  # the later the thinner, so that equal curves are seen
         gamma = run.config.loss.gamma if WEIGHTINGS[kind].reads_gamma else None
@@ -48,7 +51,8 @@ def looks(runs: list[Run]) -> dict[Run, dict]:
         by_exp[run.exp] = {"label": f"{run.exp}: {kind}" + (f", $\\gamma$ = {gamma:g}" if gamma else ""),
                            "color": color, "linestyle": dash, "linewidth": max(1.0, 2.6 - 0.8 * order), "elinewidth": 1,
                            "marker": marker, "markersize": max(3.0, 6.5 - 1.5 * order)}
-    return {run: by_exp[run.exp] for run in runs}
+        faces[run.exp] = cycle((color, "white"))
+    return {run: by_exp[run.exp] | {"markerfacecolor": next(faces[run.exp])} for run in runs}
 
 
 def finish(ax, runs: list[Run], caption: str) -> Figure:
@@ -68,9 +72,22 @@ def need(found, runs, what: str):
     return found
 
 
-def logged(run: Run, name: str, until: float = float("inf")) -> list[dict]:
-    """The lines of NAME.jsonl up to step `until`. Raises UserError if there are none."""
-    return need([r for r in run.log(name) if r["step"] <= until], [run], f"line in {name}.jsonl yet")
+def logged(run: Run, name: str) -> list[dict]:
+    """The lines of NAME.jsonl. Raises UserError if there are none."""
+    return need(run.log(name), [run], f"line in {name}.jsonl yet")
+
+
+def baselines(runs: list[Run]) -> dict[Run, Run]:
+    """Of each run of the later experiments, the first experiment's run of the same seed, if there is one."""
+    own = {run.seed: run for run in runs if run.exp == runs[0].exp}
+    return {run: own[run.seed] for run in runs if run.exp != runs[0].exp and run.seed in own}
+
+
+def changes(base: Run, run: Run, kind: str) -> list[dict]:
+    """The paired differences of this kind, with the Frechet distance and its error in percent of the baseline's."""
+    key = metric_name("fd", base.config.eval.features)
+    return [d | {name: 100 * d[name] / d[f"{key}_baseline"] for name in (key, f"{key}_stderr")}
+            for d in paired_differences(base.path, run.path) if d["kind"] == kind and key in d]
 
 
 def columns(records: list[dict], *keys: str) -> list[np.ndarray]:
@@ -141,21 +158,32 @@ def distance_axis(ax, own: dict[Run, list[dict]], context: bool = True) -> tuple
     return (key, f"{key}_stderr"), f"Distances: {'; '.join(parts)}; {features} features; bars: one standard error."
 
 
-def distance(ax, runs: list[Run], until: float) -> str:
-    own = {run: [r for r in run.results("milestone") + run.results("final") if r["step"] <= until] for run in runs}
+def distance(ax, runs: list[Run]) -> str:
+    own = {run: run.results("milestone") + [r for r in run.results("final") if r["sampler"] == run.config.eval.sampler]
+           for run in runs}
     keys, text = distance_axis(ax, own)
     for run, look in looks(runs).items():
         ax.errorbar(*columns([r for r in own[run] if r["kind"] == "milestone"], "step", *keys), **look)
         for r in [r for r in own[run] if r["kind"] == "final"]:
-            face = look["color"] if r["sampler"] == run.config.eval.sampler else "white"
             ax.errorbar(*columns([r], "step", *keys), **look | {
-                "marker": "*", "label": None, "markersize": 2 * look["markersize"], "markerfacecolor": face})
-    return f"{text} Stars: final, open if by another sampler; do not compare different n."
+                "marker": "*", "label": None, "markersize": 2 * look["markersize"]})
+    return f"{text} Stars: final; do not compare different n."
 
 
-def log(ax, runs: list[Run], until: float, key: str, name: str, clip: bool = False) -> str:
+def difference(ax, runs: list[Run]) -> str:
+    """Milestones in percent of the first experiment's at the same seed."""
+    key = metric_name("fd", runs[0].config.eval.features)
+    for run, base in baselines(runs).items():
+        if points := changes(base, run, "milestone"):
+            ax.errorbar(*columns(points, "step", key, f"{key}_stderr"), **looks(runs)[run])
+    ax.axhline(0, color="#000000", linewidth=1)
+    ax.set_ylabel(f"difference from\n{runs[0].exp} (%)")
+    return "Differences: of paired samples, seed by seed."
+
+
+def log(ax, runs: list[Run], key: str, name: str, clip: bool = False) -> str:
     for run, look in looks(runs).items():
-        x, y = columns(logged(run, "loss", until), "step", key)
+        x, y = columns(logged(run, "loss"), "step", key)
         window = max(SMOOTH, run.config.train.total_steps // 20 // run.config.log.every)
         ax.errorbar(x, smooth(y, window), **look, markevery=max(1, len(x) // 20))
         if clip:
@@ -166,9 +194,9 @@ def log(ax, runs: list[Run], until: float, key: str, name: str, clip: bool = Fal
     return f"{name[0].upper() + name[1:]}: mean over a twentieth of a run, {SMOOTH} records at least{more}."
 
 
-def trace(ax, runs: list[Run], until: float, name: str = "hutch_trace_unweighted", of: str = "unweighted") -> str:
+def trace(ax, runs: list[Run], name: str = "hutch_trace_unweighted", of: str = "unweighted") -> str:
     for run, look in looks(runs).items():
-        records = logged(run, "curvature", until)
+        records = logged(run, "curvature")
         x, *both = columns(records, "step", f"curvature/{name}_mean", f"curvature/{name}_stderr")
         mean, error = map(smooth, both)
         ax.errorbar(x, mean, **look, markevery=max(1, len(x) // 20))
@@ -179,10 +207,12 @@ def trace(ax, runs: list[Run], until: float, name: str = "hutch_trace_unweighted
             f"and in all runs; mean over {SMOOTH} records; band: one standard error of one record.")
 
 
-def over_steps(panels: list, runs: list[Run], until=float("inf"), columns=1, size=(6.5, 3.8), **grid) -> Figure:
-    """panel(ax, runs, until) draws the runs up to step `until` and returns its part of the caption."""
+def over_steps(panels: list, runs: list[Run], columns=1, size=(6.5, 3.8), **grid) -> Figure:
+    """panel(ax, runs) draws the runs and returns its part of the caption."""
+    if len({run.exp for run in runs}) == 1:  # nothing to take a difference from
+        panels = [panel for panel in panels if panel is not difference]
     axes = Figure(size).subplots(len(panels) // columns, columns, sharex=True, squeeze=False, **grid)
-    sentences = [panel(ax, runs, until) for panel, ax in zip(panels, axes.flat, strict=True)]
+    sentences = [panel(ax, runs) for panel, ax in zip(panels, axes.flat, strict=True)]
     for ax in axes[-1]:
         ax.set_xlabel("training step")
     return finish(ax, runs, " ".join(dict.fromkeys(sentences)))
@@ -209,16 +239,23 @@ def profile(runs: list[Run], key: str, name: str, weighted: bool = False) -> Fig
 
 
 def curvature_vs_distance(runs: list[Run]) -> Figure:
-    ax, at = Figure((6.5, 4)).subplots(), "curvature/hutch_trace_unweighted"
-    traces = {run: {r["step"]: r for r in logged(run, "curvature")} for run in runs}
-    own = {run: [r | of[r["step"]] for r in run.results("milestone") if r["step"] in of] for run, of in traces.items()}
-    keys, text = distance_axis(ax, own, context=False)
-    for run, look in looks(runs).items():
-        x, y, *errors = columns(own[run], f"{at}_mean", *keys, f"{at}_stderr")
-        ax.errorbar(x, y, *errors, **look)
-        ax.plot(x[0], y[0], look["marker"], color=look["color"], markerfacecolor="white", zorder=3)
-    ax.set_xlabel("Hessian trace of unweighted loss")
-    return finish(ax, runs, f"{text} Open markers: the first milestone at which both are measured.")
+    """Both in percent of the first experiment's at the same seed and milestone."""
+    ax, pairs = Figure((6.5, 4)).subplots(), baselines(runs)
+    key, at = metric_name("fd", runs[0].config.eval.features), "curvature/hutch_trace_unweighted_mean"
+    for run, base in need(pairs, runs, "pair of two experiments at one seed").items():
+        traces = [{r["step"]: r[at] for r in logged(one, "curvature")} for one in (base, run)]
+        points = [d | {at: 100 * (traces[1][d["step"]] / traces[0][d["step"]] - 1)}
+                  for d in changes(base, run, "milestone") if all(d["step"] in of for of in traces)]
+        need(points, [base, run], "milestone in results.jsonl with a trace, in both and with the same features")
+        ax.errorbar(*columns(points, at, key, f"{key}_stderr"), **looks(runs)[run])
+        for d in points:
+            ax.annotate(f"{d['step']:,}", (d[at], d[key]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for line in (ax.axhline, ax.axvline):
+        line(0, color="#000000", linewidth=1)
+    ax.set(xlabel=f"difference of the Hessian trace from {runs[0].exp} (%)",
+           ylabel=f"difference of the distance from {runs[0].exp} (%)")
+    return finish(ax, runs, "At milestones, by step; trace of the unweighted loss; bars: one standard error of the "
+                            "distance.")
 
 
 def snr_geometry(runs: list[Run]) -> Figure:
@@ -244,14 +281,11 @@ def frontier(runs: list[Run]) -> Figure:
                        "frontier of one step, n and features in all; evaluate.py RUN_DIR --frontier 10,20,50 adds one"))
     own = {run: [r for r in own[run] if (r["step"], r["n"]) == (step, n)] for run in runs}
     axes = Figure((6.5, 5.8)).subplots(min(2, len(exps)), sharex=True, squeeze=False)[:, 0]
-    (keys, _), base = distance_axis(axes[0], own), {run.seed: run for run in runs if run.exp == runs[0].exp}
+    (keys, _), pairs = distance_axis(axes[0], own), baselines(runs)
     for run, look in looks(runs).items():
         panels = {axes[0]: own[run]}
-        if run.exp != runs[0].exp and run.seed in base:
-            percent = {(r["sampler"], r["nfe"]): r[keys[0]] / 100 for r in own[base[run.seed]]}
-            panels[axes[1]] = [d | {key: d[key] / percent[d["sampler"], d["nfe"]] for key in keys}
-                               for d in paired_differences(base[run.seed].path, run.path)
-                               if (d["kind"], d["step"], d["n"], d["features"]) == ("frontier", step, n, features)]
+        if run in pairs:
+            panels[axes[1]] = [d for d in changes(pairs[run], run, "frontier") if (d["step"], d["n"]) == (step, n)]
             axes[1].axhline(0, color="#000000", linewidth=1)
             axes[1].set_ylabel(f"difference from {runs[0].exp} (%)")
         for ax, records in panels.items():
@@ -267,18 +301,25 @@ def frontier(runs: list[Run]) -> Figure:
 
 
 def grids(runs: list[Run]) -> Figure:
-    """The last grid that all have: a column per experiment, a row per seed that all experiments have."""
+    """At the first seed and the last step that all experiments have: a row per sampler; first, training images."""
     seeds = set.intersection(*({run.seed for run in runs if run.exp == other.exp} for other in runs))
-    shown = sorted((run for run in runs if run.seed in seeds), key=lambda run: run.seed)
+    shown = [run for run in runs if run.seed == min(seeds, default=None)]
     names = [{path.name for path in (run.path / "grids").glob("step_*.png")} for run in shown]
-    last = max(need(seeds and set.intersection(*names), runs, "grid of the same seed and step in all"))
-    rows, columns, grid = len(seeds), len(shown) // len(seeds), shown[0].config.grid
-    axes = Figure((3.6 * columns, 3.7 * rows)).subplots(rows, columns, squeeze=False)
-    for ax, (run, look) in zip(axes.flat, looks(shown).items(), strict=True):
-        ax.imshow(Image.open(run.path / "grids" / last), interpolation="nearest")
-        ax.set(title=f"{look['label']}, seed {run.seed}", xticks=[], yticks=[])
-    return finish(ax, shown, f"EMA weights at step {int(last.split('_')[1]):,}, {grid.sampler.upper()} NFE "
-                             f"{grid.nfe}. In a row, the same cell starts from the same noise.")
+    found = sorted(need(seeds and set.intersection(*names), runs, "grid of the same seed and step in all"))
+    step = found[-1].split("_")[1]
+    rows, data = [name for name in found if name.split("_")[1] == step], shown[0].path / "grids" / "data.png"
+    panels = []
+    for name in rows:
+        sampler = name.removesuffix(".png").split("_")[2]
+        panels += [("training images", data)] * data.exists()
+        panels += [(f"{look['label']}, {sampler}", run.path / "grids" / name) for run, look in looks(shown).items()]
+    columns = len(panels) // len(rows)
+    axes = Figure((3.4 * columns, 3.6 * len(rows))).subplots(len(rows), columns, squeeze=False)
+    for ax, (title, path) in zip(axes.flat, panels, strict=True):
+        ax.imshow(Image.open(path), interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+    return finish(ax, shown, f"EMA weights at step {int(step):,}; sampler and NFE above. In a row, the same cell "
+                             "starts from the same noise.")
 
 
 loss = partial(log, key="train/eps_mse_mean", name="unweighted train eps-MSE")
@@ -288,8 +329,9 @@ FORMULAS = {
     "weights_raw_and_normalised": partial(weights, arms=[("constant", None), ("minsnr", 5.0), ("minsnr_norm", 5.0)]),
     "weight_curves": partial(weights, arms=[("minsnr", 1.0), ("minsnr", 3.0), ("minsnr", 5.0)], until=400)}
 FIGURES = FORMULAS | {
-    "distance_vs_steps": partial(over_steps, [distance]), "grad_norm": partial(over_steps, [gradient]),
-    "distance_and_loss_vs_steps": partial(over_steps, [distance, loss], size=(6.5, 5.6), height_ratios=[3, 2]),
+    "distance_vs_steps": partial(over_steps, [distance, difference], size=(6.5, 5.6)),
+    "grad_norm": partial(over_steps, [gradient]),
+    "distance_and_loss_vs_steps": partial(over_steps, [distance, difference, loss], size=(6.5, 7)),
     "curvature_vs_steps": partial(over_steps, [partial(trace, name="hutch_trace", of="own weighted"), trace],
                                   columns=2, size=(7.5, 3.8), sharey=True),
     "step_curves": partial(over_steps, [loss, distance, gradient, trace], columns=2, size=(8.5, 6.2)),

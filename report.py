@@ -194,8 +194,8 @@ def verdict(pairs: list[tuple[Run, Run]], found: dict[str, tuple[list[Point], di
         gain = "" if withheld else "refuted" if d.interval[0] > math.log(limits[0]) else "not refuted"
         rows.append([f"**{withheld or d.word}**", name, f"{len(seeds)}", *(
             [change, f"{low} to {high}", f"{d.p:.2g}", gain] if len(seeds) > 1 else [""] * 4)])
-    note = [safe(f"The distance is {fd} at n = {line['n']:,}. Registered is FID at n = 10,000, and only val/fid is FID."
-                 )] if line and (fd, line["n"]) != ("val/fid", 10_000) else []
+    note = [safe(f"The distance is {fd} at n = {line['n']:,}. The registered measure is FID at n = 10,000; only "
+                 "val/fid is FID.")] if line and (fd, line["n"]) != ("val/fid", 10_000) else []
     return [table(["verdict", "measure", "seeds", "change", "95 % interval", "p", "gain hoped for"], rows), *note, (
         "Lower is better. The change is the mean over seeds of ln(arm / baseline), in percent. p is corrected for two "
         "measures (Holm). Better or worse: the 95 % t-interval excludes 0, p is below 0.05, and the change is beyond "
@@ -236,8 +236,8 @@ def compare(pairs: list[tuple[Run, Run]], notes: list[str]) -> str:
                                                        for key, both in differing(a, b).items()]), *map(safe, notes)],
         "Compute": [shown(cost)],
         "Distances": [shown({name: seeds for name, (seeds, _) in found.items()}), *map(safe, sorted(context)),
-                      "± is half of a 95 % interval: over seeds (t), or of one seed for its samples."],
-        "Hessian traces": [shown(traces), "A weight below 1 alone makes the trace of the arm's own loss smaller."],
+                      "± is half the width of a 95 % interval: over seeds (t), or over the samples of one seed."],
+        "Hessian traces": [shown(traces), "A weight below 1 makes the trace of the arm's own loss smaller by itself."],
         "Training, last fifth": [shown(training), "The gradient norm is that of the arm's own loss, before clipping."],
         "Held-out eps-MSE at each t, last step": [shown(errors, "t, weights")]}
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(blocks) for title, blocks in sections.items())

@@ -69,9 +69,10 @@ def read_json(path: Path) -> dict:
 def read_jsonl(path: Path) -> list[dict]:
     """All lines but a partial last one; [] for a missing file. Raises UserError for a line that lacks a step."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    records = [parse(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
-    for number, record in enumerate(records, start=1):
-        if type(record.get("step")) is not int:
+    records = []
+    for number, line in enumerate(lines, start=1):
+        records.append(parse(line, f"{path}: line {number}"))
+        if type(records[-1].get("step")) is not int:
             raise UserError(f"{path}: line {number} has no step; mend or remove it")
     return records
 
@@ -111,21 +112,19 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{run_dir}: exists and is not a run directory (no config.json); give another --out")
 
 
-def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> dict | None:
+def start(config: Config, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> dict | None:
     """Prepare run_dir, whose lock the caller holds; return the checkpoint to resume from, or None for step 0.
 
-    Raises UserError, before anything is changed, if the run cannot be resumed with this config.
+    Raises UserError, before anything is changed, as check_start does, or if this config cannot resume the run.
     """
-    resume = resume and (run_dir / "config.json").exists()
-    env = environment(config, device)
-    started = read_json(run_dir / "env.json") if resume and (run_dir / "env.json").exists() else env
-    saved = resumable(config, run_dir, started, env) if resume else None
-    step = saved["step"] if saved else 0
-    (run_dir / "done.json").unlink(missing_ok=True)  # training writes it again
-    if resume:
-        for path in (run_dir / name for name in LOGS if (run_dir / name).exists()):  # evaluate.py added the frontier
-            kept = [r for r in read_jsonl(path) if r["step"] <= step or r.get("kind") == "frontier"]
-            replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    check_start(run_dir, resume, overwrite)  # again: until it had the lock, another process may have been faster
+    env, saved = environment(config, device), None
+    for key, amp in (("train.amp", config.train.amp), ("eval.amp", config.eval.amp)):
+        if amp and precision(amp, device) == "fp32":
+            print(f"{key}: {device.type} has no bf16 here, so fp32 is used")
+    if resume and (run_dir / "config.json").exists():
+        started = read_json(run_dir / "env.json") if (run_dir / "env.json").exists() else env
+        saved = resumed(config, run_dir, started, env)
         env = {**started, "resumed": [*started.get("resumed", []), env]}
     else:  # config.json is deleted last: until then this is a run, which --overwrite may delete
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name == "config.json"):
@@ -136,13 +135,14 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool) -> 
     return saved
 
 
-def resumable(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | None:
-    """The checkpoint to resume from, on the CPU; None if the run ended before its first checkpoint.
+def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | None:
+    """Cut the logs back to the checkpoint to resume from, and return it; None if the run ended before its first one.
 
-    Raises UserError if config or precision are not those that the run was started with.
+    Raises UserError, before that, if config or precision are not those that the run was started with.
     """
     started, saved = Run(run_dir).config, None
-    reached = max((r["step"] for name in LOGS for r in read_jsonl(run_dir / name)), default=0)
+    logs = {path: read_jsonl(path) for name in LOGS if (path := run_dir / name).exists()}
+    reached = max((r["step"] for records in logs.values() for r in records), default=0)
     if any((run_dir / "checkpoints").glob("*.pt")):
         started, saved = read_checkpoint(run_dir)
     elif reached > min(started.train.checkpoint_every, started.eval.every, started.train.total_steps):
@@ -162,6 +162,10 @@ def resumable(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict 
     step = saved["step"] if saved else 0
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
     print(f"{run_dir}: resuming from step {step}{again}")
+    (run_dir / "done.json").unlink(missing_ok=True)  # training writes it again
+    for path, records in logs.items():
+        kept = [r for r in records if r["step"] <= step or r.get("kind") == "frontier"]  # which evaluate.py added
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return saved
 
 
@@ -299,7 +303,7 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
                 if not len(pulls_a.get(name, ())) == len(pulls_b.get(name, ())) == r_a["n"]:
                     raise UserError(f"{influence_path(run_a, r_a)} and that of {run_b}: not {r_a['n']} samples of "
                                     f"{name} each")
-                record |= {name: r_b[name] - r_a[name],
+                record |= {name: r_b[name] - r_a[name], f"{name}_baseline": r_a[name],
                            f"{name}_stderr": paired_stderr(pulls_b[name], pulls_a[name])}
             differences.append(record)
     return differences

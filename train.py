@@ -17,22 +17,21 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import parallel
 from checkpoint import lock, replace_file, save_checkpoint
 from config import Config, flatten, list_experiments, load_config
-from data import batch_indices, load_images, to_model_range
+from data import batch_indices, load_images, make_shapes, to_model_range
 from diffusion import Diffusion
 from errors import UserError, run_script
+from estimate import print_estimate
 from fid import feature_network
 from model import UNet
 from parallel import DEVICE, first, from_first, gathered, precision, rank, share, world
@@ -47,7 +46,7 @@ class State:
     """All that training changes; a checkpoint holds it, and a run resumed from it is the same to the last bit."""
     step: int                        # updates done
     model: UNet
-    network: nn.Module               # the model, wrapped in DistributedDataParallel if there are several processes
+    network: nn.Module               # the model; in several processes it averages its gradients over them
     ema: UNet                        # exponential moving average of the model's weights, in eval mode
     optimizer: torch.optim.Adam
     sums: Tensor                     # float64 (4,), since the last log line: loss, eps_mse, grad_norm, number of steps
@@ -68,10 +67,8 @@ def new_state(config: Config, device: torch.device) -> tuple[State, Diffusion]:
     model, diffusion = build(config, device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, fused=True)
-    network = model
-    if world() > 1:
-        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return State(0, model, network, ema, optimizer, torch.zeros(4, dtype=torch.float64, device=device)), diffusion
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    return State(0, model, parallel.replicated(model, device), ema, optimizer, sums), diffusion
 
 
 def draw_batch(config: Config, step: int, T: int, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,8 +114,7 @@ def train_step(config: Config, state: State, diffusion: Diffusion, w: Tensor, im
 
 def check_finite(state: State) -> None:
     """Raise FloatingPointError if a loss or gradient since the last log line, or a weight, is not finite."""
-    weights = (*state.model.parameters(), *state.ema.parameters())
-    if not (state.sums.isfinite().all() and all(p.isfinite().all() for p in weights)):
+    if not all(x.isfinite().all() for x in (state.sums, *state.model.parameters(), *state.ema.parameters())):
         raise FloatingPointError(f"step {state.step}: loss, gradient or weights are not finite, at this step or in the "
                                  f"{int(state.sums[3])} steps since the last log line")
 
@@ -135,26 +131,6 @@ def log_record(state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, T
 
 
 # ---- one run ----
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list of the SIGTERMs and Ctrl-Cs that have arrived. Only the first is caught: a second one acts as usual."""
-    asked = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame) -> None:
-        asked.append(number)
-        restore()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        restore()
-
 
 def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, held_out: Tensor,
           distances: evaluate.Distances | None, saved: dict | None) -> int:
@@ -184,11 +160,12 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
             save(kept, {key: value for key, value in state.state_dict().items() if key in ("step", "model", "ema")})
         lines = evaluate.measure(config, run_dir, state.step, state.model, state.ema, diffusion, images, held_out,
                                  distances)
-        for line in lines if first() else []:
-            progress.write(f"{config.exp}: step {line['step']}, {evaluate.sentence(line)}")
+        if first():
+            for line in lines:
+                progress.write(f"{config.exp}: step {line['step']}, {evaluate.sentence(line)}")
         seconds["seconds/measure"] += time.perf_counter() - start
 
-    with stop_requests() as asked, parallel.bar(None, config.exp, total=total, initial=state.step) as progress:
+    with parallel.stop_requests() as stops, parallel.bar(None, config.exp, total=total, initial=state.step) as progress:
         if state.step:
             measure()  # what the last run did not finish
         while state.step < total:
@@ -207,8 +184,7 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
                 save(checkpoint_path(run_dir), state.state_dict())
             if done or any(n and step % n == 0 for n in (every, config.grid.every, config.curvature.every)):
                 measure()
-            # Several processes must stop at one step. Asking each other takes time, so they do it at log lines only.
-            stop = [n for part in gathered(asked) for n in part] if logs or world() == 1 else []
+            stop = stops() if logs or world() == 1 else []  # several processes ask each other: at log lines only
             if first() and (logs or done or stop):
                 append_jsonl(run_dir / "timing.jsonl", {"step": step, **seconds})
                 seconds.clear()
@@ -223,37 +199,13 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
 # ---- the command ----
 
 def dry_run(config: Config, device: torch.device) -> None:
-    """Print the resolved config and what each phase will take, from the time of a few steps, samples and probes."""
-    state, diffusion = new_state(config, device)
+    """Print the resolved config, and how long the run will take."""
     print(*(f"{key} = {value}" for key, value in flatten(config).items()), sep="\n")
-    print(f"parameters = {sum(p.numel() for p in state.model.parameters()):,}")
-    w = weights_of(config, diffusion).float()
-    images = torch.randint(256, (64, 3, 32, 32), generator=generator(0, "dry_run"), dtype=torch.uint8).to(device)
-
-    def seconds(work) -> float:
-        times = []
-        for _ in range(4):  # the first one warms up
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-        return sorted(times[1:])[1]
-
-    total, ev, n = config.train.total_steps, config.eval, min(20, config.grid.n)
-    sampled = (total // ev.every * ev.n_samples + len(ev.final_samplers) * ev.final_n_samples) * (ev.features != "none")
-    calls = ev.nfe * sampled + config.grid.nfe * config.grid.n * -(-total // config.grid.every)
-    calls += 2 * ev.profile_images * len(evaluate.profile_timesteps(diffusion.T, ev.profile_t)) * -(-total // ev.every)
-    phases = [("training steps", total, seconds(lambda: train_step(config, state, diffusion, w, images))),
-              ("network calls on an image", calls, seconds(lambda: evaluate.sample_images(
-                  state.ema, diffusion, n, "ddim", 1, 0)) / n)]
-    if config.curvature.every:
-        phases.append(("curvature records", total // config.curvature.every, seconds(
-            lambda: evaluate.curvature_record(config, 0, state.model, diffusion, images))))
-    phases.append(("all", 1, sum(count * each for _, count, each in phases)))
-    print(f"\nestimate on {device}, {torch.get_num_threads()} threads, without feature extraction:")
-    for name, count, each in phases:
-        print(f"  {name:26s} {count:>12,} x {each:10.4f} s = {count * each / 60:8.1f} min")
+    state, diffusion = new_state(config, device)
+    print(f"parameters = {sum(p.numel() for p in state.model.parameters()):,}\n")
+    w, images = weights_of(config, diffusion).float(), make_shapes(64).to(device)
+    print_estimate(config, state.model, diffusion, images,
+                   lambda: train_step(config, state, diffusion, w, images)["loss"].item())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,9 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--exp", help="an experiment of experiments.toml, such as E8c")
     what.add_argument("--list", action="store_true", help="print the experiments and exit")
     parser.add_argument("--profile", help="a table of [profiles] in experiments.toml, laid over the experiment")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--seed", help="short for --set seed=SEED")
-    parser.add_argument("--data-root", help="short for --set data.root=DATA_ROOT")
+    override = {"dest": "set", "action": "append", "default": []}
+    parser.add_argument("--set", **override, metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--seed", **override, type="seed={}".format, help="short for --set seed=SEED", metavar="SEED")
+    parser.add_argument("--data-root", **override, help="short for --set data.root=DATA_ROOT", metavar="DATA_ROOT",
+                        type=lambda path: f"data.root={json.dumps(path, ensure_ascii=False)}")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the run goes to OUT/EXP/seedSEED")
     parser.add_argument("--device", default=DEVICE, help="cpu, cuda or cuda:N")
     parser.add_argument("--dry-run", action="store_true", help="print config and cost, write nothing")
@@ -277,10 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in list_experiments():
             print(f"{name:6s} {load_config(name).title}")
         return 0
-    overrides = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
-    if args.data_root is not None:
-        overrides.append(f"data.root={json.dumps(args.data_root, ensure_ascii=False)}")
-    config = load_config(args.exp, overrides=overrides, profile=args.profile)
+    config = load_config(args.exp, overrides=args.set, profile=args.profile)
     device = parallel.check_device(args.device)
     if args.dry_run:
         dry_run(config, device)
@@ -301,27 +252,19 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     if ev.features != "none":
         network = parallel.in_turn(lambda: feature_network(ev.features, ev.inception_weights, device))
         distances = evaluate.Distances(network, config.data.name, images, test, ev.stats_root)
-    for key, amp in (("train.amp", config.train.amp), ("eval.amp", ev.amp)):
-        if amp and precision(amp, device) == "fp32" and first():
-            print(f"{key}: {device.type} has no bf16 here, so fp32 is used")
     launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     again = f"{launcher} {shlex.join([arg for arg in sys.argv if arg not in ('--overwrite', '--resume')])} --resume"
-    with ExitStack() as stack:
-        def begin() -> dict | None:
-            stack.enter_context(lock(run_dir))
-            check_start(run_dir, args.resume, args.overwrite)  # again: another process may have been faster
-            return start(config, run_dir, device, args.resume)
-
-        try:
-            number = train(config, run_dir, device, images, test[:ev.profile_images], distances, from_first(begin))
-        except FloatingPointError as error:
-            if first():
-                print(f"train.py: error: {error}. Nothing of it was saved. To find the first bad step: {again} --set "
-                      "log.every=1", file=sys.stderr)
-            return 1
-        except OSError as error:
-            started = (run_dir / "config.json").is_file()
-            raise UserError(f"{error}; resume with: {again}" if started else error) from error
+    try:
+        with lock(run_dir) if first() else nullcontext():
+            saved = from_first(lambda: start(config, run_dir, device, args.resume, args.overwrite))
+            number = train(config, run_dir, device, images, test[:ev.profile_images], distances, saved)
+    except FloatingPointError as error:
+        if first():
+            print(f"train.py: error: {error}. Nothing of it was saved. To find the first bad step: {again} --set "
+                  "log.every=1", file=sys.stderr)
+        return 1
+    except OSError as error:  # such as a full disk
+        raise UserError(f"{error}; once that is mended, resume with: {again}") from error
     if number and first():
         print(f"train.py: stopped by {signal.Signals(number).name}; resume with: {again}", file=sys.stderr)
     elif first():

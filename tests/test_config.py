@@ -131,13 +131,6 @@ def test_a_gamma_that_nothing_reads_is_refused():
     assert load_config("E8a", overrides=["loss.weighting=p2"]).loss.gamma == 1  # of E8a, and not read
 
 
-def test_a_run_from_before_there_was_a_choice_predicts_eps():
-    table = dataclasses.asdict(load_config("E9b"))
-    del table["diffusion"]["prediction"]
-    assert config_from_dict(table, "config.json") == load_config("E9b")
-    assert "prediction" not in table["diffusion"]
-
-
 BAD_FILES = [
     (GOOD.replace('extends = "E5"', 'extends = "E55"', 1), "E6", ["[experiments.E6]", "E55"]),
     (GOOD.replace('extends = "E1"', 'extends = "E3"', 1), "E3", ["E2 -> E3"]),

@@ -12,14 +12,23 @@ import evaluate
 import train
 from config import load_config
 from curvature import hutchinson_trace, summarise
-from data import load_images, make_shapes
+from data import grid_png, load_images, make_shapes
 from diffusion import Diffusion, linear_betas
 from errors import UserError
-from evaluate import Distances, curvature_record, eval_mode, per_t_profile, profile_timesteps, sample_images
+from evaluate import (
+    Distances,
+    best_mean_slope,
+    curvature_record,
+    eval_mode,
+    image_statistics,
+    per_t_profile,
+    profile_timesteps,
+    sample_images,
+)
 from fid import FeatureStats, extract, frechet_distance, kid
 from model import UNet
 from rng import generator, seed_global
-from runs import paired_differences, read_jsonl
+from runs import load_run, paired_differences, read_jsonl
 from weighting import loss_weights
 
 D = Diffusion(linear_betas())
@@ -66,7 +75,8 @@ def test_profile_of_a_network_that_says_zero():
     """Then the error is the mean square of eps, 1 at every t."""
     ts = profile_timesteps(1000, "even")
     assert len(ts) == 21 and ts[:3] == [0, 50, 100] and ts[-1] == 999
-    mse = per_t_profile(UNet(8, (1,), 1, ()), D, make_shapes(8), ts)
+    mse, slope = per_t_profile(UNet(8, (1,), 1, ()), D, make_shapes(8), ts)
+    assert slope == [0.0] * 21
     assert mse == pytest.approx([1.0] * 21, abs=0.05) and len(set(mse)) == 21  # another eps at each t
 
 
@@ -78,9 +88,9 @@ def test_the_dense_grid_has_every_fifth_timestep_up_to_150():
 
 def test_profile_is_a_fixed_measuring_stick(net):
     images = make_shapes(25)
-    first = per_t_profile(net, D, images, [0, 500])
+    first, slopes = per_t_profile(net, D, images, [0, 500])
     torch.manual_seed(9)  # dropout is off, and nothing depends on the global generator
-    assert per_t_profile(net, D, images, [0, 500]) == first and net.training
+    assert per_t_profile(net, D, images, [0, 500]) == (first, slopes) and net.training
     eps = torch.randn(25, 3, 32, 32, generator=generator(0, "profile_eps", 1))  # against the formula, at t = 500
     ac = D.alphas_cumprod[500].float()
     with torch.no_grad():
@@ -88,9 +98,61 @@ def test_profile_is_a_fixed_measuring_stick(net):
         x_t = ac.sqrt() * x_0 + (1 - ac).sqrt() * eps
         output = net.eval()(x_t, torch.full((25,), 500))
     assert first[1] == pytest.approx((output - eps).square().mean().item(), rel=1e-4)
-    of_v = per_t_profile(net, Diffusion(linear_betas(), "v"), images, [0, 500])  # the same output taken for v
+    of_v, _ = per_t_profile(net, Diffusion(linear_betas(), "v"), images, [0, 500])  # the same output taken for v
     eps_hat = (1 - ac).sqrt() * x_t + ac.sqrt() * output
     assert of_v[1] == pytest.approx((eps_hat - eps).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_slope_of_the_best_linear_denoiser_of_channel_means(prediction):
+    """A network that knows best_mean_slope is found to have it, whatever it predicts; another slope is found too."""
+    images, ts, d = make_shapes(400), [50, 500, 999], Diffusion(linear_betas(), prediction)
+    best = best_mean_slope(D, images, ts)
+    assert best[0] < 0.02 < best[1] < 0.2 < 0.9 < best[2] < 1
+
+    class Linear(UNet):
+        """eps_hat = slope * channel mean of x_t + offset."""
+        def __init__(self, slopes, offset):
+            super().__init__(8, (1,), 1, ())
+            self.slopes, self.offset = dict(zip(ts, slopes, strict=True)), offset
+
+        def forward(self, x_t, t):
+            signal, noise = (a.item() ** 0.5 for a in (d.alphas_cumprod[t[0]], 1 - d.alphas_cumprod[t[0]]))
+            eps_hat = self.slopes[t[0].item()] * x_t.mean(dim=(2, 3), keepdim=True) + self.offset + 0 * x_t
+            return {"eps": eps_hat, "x0": (x_t - noise * eps_hat) / signal,
+                    "v": (eps_hat - noise * x_t) / signal}[prediction]
+
+    (least, slope), (more, other) = (per_t_profile(Linear(*args), d, images, ts)
+                                     for args in ((best, 0), ([0.3] * 3, 1)))
+    assert slope == pytest.approx(best, rel=1e-3) and other == pytest.approx([0.3] * 3, rel=1e-3)
+    assert all(x < y for x, y in zip(least, more, strict=True))
+    a = images.double().mean(dim=(2, 3)) / 127.5  # eps of exactly the variance and correlation that are expected
+    a = (a - a.mean(dim=0)).flatten()
+    eps = torch.randn(len(a), dtype=torch.float64, generator=generator(1, "test"))
+    eps -= (eps @ a) / (a @ a) * a
+    eps *= (399 * 3 / 1024) ** 0.5 / eps.norm()
+    for t, expected in zip(ts, best, strict=True):
+        ac = D.alphas_cumprod[t]
+        x_t = ac.sqrt() * a + (1 - ac).sqrt() * eps
+        assert (x_t @ eps) / (x_t @ x_t) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_distance_is_told_with_its_error_and_what_it_is_held_against():
+    r = {"features": "lite0", "sampler": "ddim", "nfe": 50, "n": 2000, "val/fd_lite0": 123.45,
+         "val/fd_lite0_stderr": 2.5, "val/fd_lite0_floor": 51.2, "val/fd_lite0_ceiling": None}
+    text = evaluate.sentence(r)
+    assert all(fact in text for fact in ("DDIM 50", "2,000", "val/fd_lite0 123.5 +- 2.5", "training images 51.2"))
+    assert "noise" not in text and "noise 900.0" in evaluate.sentence(r | {"val/fd_lite0_ceiling": 900.0})
+
+
+def test_statistics_of_known_images():
+    flat = torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)
+    stripes = flat.clone()
+    stripes[..., ::2] = 17  # 10 levels from column to column, none from row to row
+    assert image_statistics(flat) == {"channel_mean_sd": 0, "neighbour_rms": 0}
+    assert image_statistics(stripes)["neighbour_rms"] == pytest.approx(50**0.5)
+    flat[0, 0] = 13  # one channel of one image: variances 18, 0, 0
+    assert image_statistics(flat)["channel_mean_sd"] == pytest.approx(6**0.5)
 
 
 def test_eval_mode_restores_each_modules_own_mode(net):
@@ -122,7 +184,7 @@ def distances(tmp_path):
 
 def test_a_distance_comes_with_its_context(distances):
     samples = make_shapes(400)[300:]
-    record, estimates = distances.measure(extract(tiny_network(), samples).numpy())
+    record, estimates = distances.measure(samples, extract(tiny_network(), samples).numpy())
     f = [extract(tiny_network(), x).numpy() for x in (samples, distances.train, distances.test[:100])]
     moments = [(x.mean(axis=0), np.cov(x.astype(np.float64), rowvar=False)) for x in f]
     assert record["n"] == 100 and record["features"] == "inception" and record["reference"] == "shapes train, n = 300"
@@ -174,7 +236,7 @@ def test_statistics_published_elsewhere_are_used_with_a_warning(distances):
     np.savez(distances.root / "shapes_inception_train.npz", mu=np.zeros(6), sigma=np.eye(6))
     with pytest.warns(UserWarning, match="unknown origin"):
         distances = Distances(tiny_network(), "shapes", distances.train, distances.test, distances.root)
-        record, _ = distances.measure(extract(tiny_network(), make_shapes(50)).numpy())
+        record, _ = distances.measure(make_shapes(50), extract(tiny_network(), make_shapes(50)).numpy())
     assert record["reference"] == "shapes train, n = unknown"
     assert record["val/fid"] == pytest.approx(frechet_distance(
         *(lambda s: (s.mean, s.cov))(FeatureStats(6).update(extract(tiny_network(), make_shapes(50)))),
@@ -232,11 +294,19 @@ def test_distances_in_training(arms):
     assert [(r["step"], r["kind"], r["sampler"], r["n"]) for r in results] == [
         (6, "milestone", "ddpm", 20), (12, "milestone", "ddpm", 20),
         (12, "final", "ddpm", 10), (12, "final", "ddim", 10)]
+    assert sorted(path.name for path in (arms[1] / "grids").iterdir()) == [
+        "data.png", "step_000006_ddim2.png", "step_000006_ddpm3.png", "step_000012_ddim2.png",
+        "step_000012_ddim3.png", "step_000012_ddpm3.png"]
+    config, _, _, ema, diffusion = load_run(arms[1], "cpu", 6)
+    samples = sample_images(ema, diffusion, 20, "ddpm", 3, config.seed)[:config.grid.n]
+    assert (arms[1] / "grids" / "step_000006_ddpm3.png").read_bytes() == grid_png(samples)
     metrics = {f"val/{name}{part}" for name in ("fid", "kid")
                for part in ("", "_stderr", "_floor", "_floor_test", "_ceiling")}
     for r, profile in zip(results, [read_jsonl(arms[1] / "per_t.jsonl")[i] for i in (0, 1, 1, 1)], strict=True):
         assert r.keys() == metrics | {"step", "kind", "sampler", "nfe", "n", "features", "reference", "precision",
-                                      "val/eps_mse_raw", "val/eps_mse_ema"}
+                                      "val/eps_mse_raw", "val/eps_mse_ema", *(
+                                          f"samples/{name}{of}" for name in ("channel_mean_sd", "neighbour_rms")
+                                          for of in ("", "_train"))}
         for key in ("eps_mse_raw", "eps_mse_ema"):
             assert r[f"val/{key}"] == pytest.approx(np.mean(profile[key]))
     assert len({r["val/fid"] for r in results}) == 4

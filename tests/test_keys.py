@@ -15,7 +15,7 @@ from data import make_shapes
 BASE = ["data.name=shapes", "model.base_channels=4", "model.channel_mults=[1,1]", "model.num_res_blocks=1",
         "model.attn_resolutions=[16]", "model.dropout=0.2", "diffusion.num_timesteps=10", "loss.weighting=minsnr",
         "train.total_steps=6", "train.checkpoint_every=2", "log.every=3", "grid.every=3", "grid.n=2", "grid.nfe=2",
-        "eval.every=3", "eval.profile_images=1", "eval.features=inception", "eval.nfe=2", "eval.n_samples=4",
+        "eval.every=3", "eval.profile_images=3", "eval.features=inception", "eval.nfe=2", "eval.n_samples=4",
         "eval.final_n_samples=6", "curvature.every=3", "curvature.num_probes=2"]
 
 # key -> (another value, what must change with it)

@@ -1,7 +1,9 @@
 """Several processes under torchrun, on the CPU: the same run, shared out."""
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,3 +187,20 @@ def test_one_process_is_the_identity(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "77")
     with pytest.raises(UserError, match="--device cuda:77"):
         parallel.check_device("cuda")
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute_after_half_a_minute(monkeypatch, capsys):
+    clock = itertools.count(0, 5)  # seconds: each look at the clock takes five
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    for _ in parallel.bar(range(60), "samples"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("samples:") and "/60" in line for line in lines)
+    shown = [int(re.search(r"(\d+)/60", line)[1]) for line in lines]
+    assert 3 <= len(shown) <= 8 and shown[0] >= 6 and shown == sorted(set(shown))
+
+
+def test_work_of_seconds_needs_no_line(capsys):
+    for _ in parallel.bar(range(3), "samples"):
+        pass
+    assert not capsys.readouterr().err

@@ -133,17 +133,21 @@ def test_the_atlas_draws_every_weighting_in_every_prediction(draw):
 
 def test_distances_with_errors_finals_floor_and_ceiling(pair, draw):
     fig = draw("distance_vs_steps", "E5", "E6")
-    (ax,) = fig.axes
+    ax, below = fig.axes
     (x, y, error), = drawn(ax, "E6")
     assert x.tolist() == [20, 40, 60] and y.tolist() == column(pair[1], "results", FD, kind="milestone")
     assert error == pytest.approx(column(pair[1], "results", STDERR, kind="milestone"))
-    stars = lines(ax, RED, "*")
-    assert [star.get_ydata()[0] for star in stars] == column(pair[1], "results", FD, kind="final")
-    assert [to_hex(star.get_markerfacecolor()) for star in stars] == [RED, WHITE]  # DDPM as the milestones, DDIM
+    stars = lines(ax, RED, "*")  # of the sampler of the milestones
+    assert [star.get_ydata()[0] for star in stars] == column(pair[1], "results", FD, kind="final", sampler="ddpm")
+    base, arm = (np.array(column(path, "results", FD, kind="milestone")) for path in pair)
+    stderr = [d[STDERR] for d in paired_differences(*pair) if d["kind"] == "milestone"]
+    (x, y, error), = drawn(below, "E6")
+    assert x.tolist() == [20, 40, 60] and y == pytest.approx(100 * (arm / base - 1)) and not drawn(below, "E5")
+    assert error == pytest.approx(100 * np.divide(stderr, base))
     assert [line.get_ydata()[0] for line in lines(ax, GREY, "None")] == [40, 900]  # at the n of the milestones
     assert ax.get_ylabel() == "Fréchet distance (lite0)" and ax.get_ylim()[0] == 0
     assert legend(fig) == ["E5: constant", "E6: minsnr, $\\gamma$ = 5"]
-    for fact in ("milestone DDPM NFE 50, n = 20", "final DDIM NFE 50, n = 30", "lite0 features", "Seeds: 1077."):
+    for fact in ("milestone DDPM NFE 50, n = 20", "final DDPM NFE 50, n = 30", "lite0 features", "Seeds: 1077."):
         assert fact in caption(fig)
 
 
@@ -156,12 +160,13 @@ def test_only_inception_features_are_called_fid_and_features_do_not_mix(tmp_path
             draw(kind, "E5", "E6")
 
 
-def test_distance_and_loss_until_a_step(pair, draw):
-    above, below = draw("distance_and_loss_vs_steps", "E5", "E6", until=40).axes
-    assert drawn(above, "E5")[0][0].tolist() == [20, 40] and not lines(above, BLACK, "*")
+def test_distance_and_loss(pair, tmp_path, draw):
+    above, _, below = draw("distance_and_loss_vs_steps", "E5", "E6").axes
+    assert drawn(above, "E5")[0][0].tolist() == [20, 40, 60]
     (x, y), = drawn(below, "E5")
-    losses = column(pair[0], "loss", "train/eps_mse_mean")[:20]
-    assert x.tolist() == list(range(2, 41, 2)) and y == pytest.approx(running_mean(losses, 2))
+    losses = column(pair[0], "loss", "train/eps_mse_mean")
+    assert x.tolist() == list(range(2, 61, 2)) and y == pytest.approx(running_mean(losses, 2))
+    assert len(draw("distance_and_loss_vs_steps", "E5").axes) == 2  # no difference without a second experiment
 
 
 def test_gradient_norms_and_smoothing_over_a_twentieth_of_a_run(pair, tmp_path, draw):
@@ -189,7 +194,7 @@ def test_traces_with_their_band(pair, draw):
 
 
 def test_step_curves_are_the_panels_of_the_other_figures(pair, draw):
-    (distance, loss), (norm,), (_, trace) = (draw(kind, "E5", "E6").axes for kind in (
+    (distance, _, loss), (norm,), (_, trace) = (draw(kind, "E5", "E6").axes for kind in (
         "distance_and_loss_vs_steps", "grad_norm", "curvature_vs_steps"))
     for ax, other in zip(draw("step_curves", "E5", "E6").axes, (loss, distance, norm, trace), strict=True):
         assert ax.get_ylabel() == other.get_ylabel()
@@ -235,15 +240,19 @@ def test_gamma_is_named_only_where_it_is_read(tmp_path, draw):
     assert legend(draw("per_t", "E9b", "E5")) == ["E9b: p2", "E5: soft_minsnr, $\\gamma$ = 5"]
 
 
-def test_curvature_against_distance(pair, draw):
+def test_curvature_against_distance_in_percent_of_the_baseline(pair, draw):
     (ax,) = draw("curvature_vs_distance", "E5", "E6").axes
-    (x, y, *errors), = drawn(ax, "E6")
-    x_of, x_error = ([column(pair[1], "curvature", f"curvature/hutch_trace_unweighted_{key}", step=step)[0]
-                      for step in (20, 40, 60)] for key in ("mean", "stderr"))
-    assert x.tolist() == x_of and y.tolist() == column(pair[1], "results", FD, kind="milestone")
-    np.testing.assert_allclose(errors, [x_error, column(pair[1], "results", STDERR, kind="milestone")])
-    opened = [line.get_xydata().tolist() for line in ax.get_lines() if to_hex(line.get_markerfacecolor()) == WHITE]
-    assert opened[1] == [[x[0], y[0]]]  # the first milestone
+    (x, y, error), = drawn(ax, "E6")
+    base, arm = ([column(path, "curvature", "curvature/hutch_trace_unweighted_mean", step=step)[0]
+                  for step in (20, 40, 60)] for path in pair)
+    assert x == pytest.approx(100 * (np.divide(arm, base) - 1)) and not drawn(ax, "E5")
+    base, arm = (np.array(column(path, "results", FD, kind="milestone")) for path in pair)
+    assert y == pytest.approx(100 * (arm / base - 1))
+    stderr = [d[STDERR] for d in paired_differences(*pair) if d["kind"] == "milestone"]
+    assert error == pytest.approx(100 * np.divide(stderr, base))
+    assert [text.get_text() for text in ax.texts] == ["20", "40", "60"]
+    with pytest.raises(UserError, match="pair of two experiments"):
+        draw("curvature_vs_distance", "E5")
 
 
 def test_snr_geometry(pair, draw):
@@ -281,15 +290,18 @@ def test_frontier_leaves_out_runs_without_one(pair, tmp_path, draw):
     assert "Seeds: 1077, 1079." in caption(fig) and [len(ax.containers) for ax in fig.axes] == [6, 2]
 
 
-def test_grids_have_a_row_per_seed_that_all_have(pair, tmp_path, draw):
-    for exp, seed in (("E6", 1079), ("E5", 1079), ("E5", 1078)):
-        make_run(tmp_path, exp, seed)
+def test_grids_have_a_row_per_sampler_and_the_data_for_scale(pair, tmp_path, draw):
+    make_run(tmp_path, "E5", 1076)  # a seed of one experiment only
+    for i, path in enumerate(pair):
+        Image.new("RGB", (2, 2), (7, 7, i)).save(path / "grids" / "step_000060_ddpm50.png")
+    assert [ax.get_title()[:2] for ax in draw("grids", "E5", "E6").axes] == ["E5", "E6"] * 2
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(pair[0] / "grids" / "data.png")
     fig = draw("grids", "E5", "E6")
-    shown = [(exp, seed) for seed in (1077, 1079) for exp in ("E5", "E6")]
-    assert [(ax.get_title()[:2], int(ax.get_title()[-4:])) for ax in fig.axes] == shown
+    assert [ax.get_title()[:2] for ax in fig.axes] == ["tr", "E5", "E6"] * 2
+    assert [ax.get_title()[-6:] for ax in fig.axes[1::3]] == ["ddim20", "ddpm50"]
     colors = [tuple(ax.images[0].get_array()[0, 0]) for ax in fig.axes]
-    assert colors == [(seed % 256, 60, int(exp[1])) for exp, seed in shown]
-    assert "step 60, DDIM NFE 20" in caption(fig)
+    assert colors == [(1, 2, 3), (1077 % 256, 60, 5), (1077 % 256, 60, 6), (1, 2, 3), (7, 7, 0), (7, 7, 1)]
+    assert "step 60" in caption(fig) and "Seeds: 1077." in caption(fig)
 
 
 def test_an_arm_has_one_look_and_arms_differ_also_in_grey(pair, tmp_path):
@@ -297,6 +309,9 @@ def test_an_arm_has_one_look_and_arms_differ_also_in_grey(pair, tmp_path):
     e5, e6, e2 = (find_runs(tmp_path, exp)[0] for exp in ("E5", "E6", "E2"))
     look = plots.looks([e6, e5, e2])
     assert look[e5]["color"] == BLACK and look[e6]["color"] == RED == plots.looks([e5, e2])[e2]["color"]
+    make_run(tmp_path, "E5", 1078)
+    faces = [look["markerfacecolor"] for look in plots.looks(find_runs(tmp_path, "E5")).values()]
+    assert faces == [BLACK, "white"]  # of two seeds
     assert look[e2]["color"] not in (BLACK, RED) and look[e6]["linewidth"] > look[e5]["linewidth"]
     every = [*plots.LOOKS.values(), *plots.SPARE]
     assert [len(set(part)) for part in zip(*every, strict=True)] == [len(every)] * 3
@@ -334,7 +349,7 @@ def test_all_draws_what_it_can_and_lists_the_rest(pair, tmp_path, capsys):
     (pair[0] / "grids" / "step_000060_ddim20.png").write_bytes(b"no picture")
     (pair[1] / "curvature.jsonl").write_text("garbage\n")
     assert plots.main(["--all", "--runs", str(tmp_path)]) == 0
-    names = {"weights", "weight_curves", "weight_atlas", "snr", "fid_vs_steps_e5e6", "frontier_e5e6"}
+    names = {"weights", "weight_curves", "weight_atlas", "snr", "fid_vs_steps_e5e6", "frontier_e5e6", "grad_norm_10k"}
     files = {path.name for path in (tmp_path / "figures").iterdir()}
     assert files == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     left_out = dict(line.split(": left out: ") for line in capsys.readouterr().out.splitlines() if "left out" in line)

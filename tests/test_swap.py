@@ -68,13 +68,6 @@ def test_each_network_has_its_side_of_the_boundary():
     assert [both(x, torch.full((2,), t)).unique().item() for t in (0, 129, 130, 999)] == [2, 2, 1, 1]
 
 
-def test_grain_of_known_images():
-    flat = torch.full((2, 3, 8, 8), 7, dtype=torch.uint8)
-    stripes = flat.clone()
-    stripes[..., ::2] = 17  # 10 levels from column to column, none from row to row
-    assert swap.grain(flat) == 0 and swap.grain(stripes) == pytest.approx(50**0.5)
-
-
 def test_what_cannot_be_swapped_is_refused(two_runs, run_train, tmp_path):
     with pytest.raises(UserError, match="E5"):
         swap.swap([two_runs[0]] * 2, at=500)

@@ -96,7 +96,7 @@ def test_a_run_that_ended_anywhere_resumes_to_the_uninterrupted_one(run_train, t
     parts = run_train("E6", *extra, out="parts", flags=["--resume"])
     assert_same_runs(whole, parts)
     files = {path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".jsonl", ".png", ".npz")}
-    assert len(files) == 5 + 2 + 3
+    assert len(files) == 5 + 5 + 3
     for file in files - {next(f for f in files if f.name == "timing.jsonl")}:
         assert (whole / file).read_bytes() == (parts / file).read_bytes(), file
     env, used = json.loads((parts / "env.json").read_text()), "bf16" if bf16 else "fp32"
@@ -199,7 +199,8 @@ def test_the_run_directory(run_train, capsys):
     assert [(r["step"], r["kind"]) for r in read_jsonl(run_dir / "results.jsonl")] == [
         (6, "milestone"), (12, "milestone"), (12, "final")]
     assert [r["step"] for r in read_jsonl(run_dir / "per_t.jsonl")] == [6, 12]
-    assert sorted(p.name for p in (run_dir / "grids").iterdir()) == ["step_000006_ddim2.png", "step_000012_ddim2.png"]
+    assert sorted(p.name for p in (run_dir / "grids").iterdir()) == [
+        "data.png", "step_000006_ddim2.png", "step_000012_ddim2.png"]
     config = json.loads((run_dir / "config.json").read_text())
     assert config["exp"] == "E2" and config["loss"] == {"weighting": "minsnr", "gamma": 5.0}
     env = json.loads((run_dir / "env.json").read_text())
@@ -267,7 +268,7 @@ def test_the_real_experiment_on_real_images(cifar10_root, tmp_path):
     """A few steps of E8c as it stands: base 64 on CIFAR-10."""
     assert train.main(["--exp", "E8c", "--device", "cpu", "--data-root", str(cifar10_root), "--out", str(tmp_path),
                        "--set", "train.total_steps=4", "--set", "log.every=2", "--set", "grid.n=1", "--set",
-                       "grid.nfe=1", "--set", "eval.profile_images=1", "--set", "eval.features=none"]) == 0
+                       "grid.nfe=1", "--set", "eval.profile_images=2", "--set", "eval.features=none"]) == 0
     run_dir = tmp_path / "E8c" / "seed1077"
     assert [r["step"] for r in losses(run_dir)] == [2, 4]
     assert all(0.5 < r["train/eps_mse"] < 1.5 for r in losses(run_dir))  # it starts at "eps_hat = 0"

@@ -3,15 +3,14 @@
     python docs/experiments/swap.py runs/E5/seed1077 runs/E6/seed1077 > swap.jsonl
 
 Prints a line for each of the four combinations (network of t >= AT, network of t < AT): its distances, their paired
-differences from the first run's own samples, and the samples' grain (rms difference of neighbouring pixels) beside that
-of the training images. Both runs must share data, schedule and seed, or be two seeds of one experiment, which are then
-named such as E1/1078. All samples start from the noise of the first run's seed. NFE, features and, unless given, n and
-sampler are those of its milestones.
+differences from the first run's own samples, and the spread of the samples' colours and their texture. Both runs must
+share data, schedule and seed, or be two seeds of one experiment, which are then named such as E1/1078. All samples
+start from the noise of the first run's seed. NFE and features are those of its milestones, and so are n and sampler
+unless given.
 """
 
 import argparse
 import json
-import math
 import sys
 from itertools import product
 from pathlib import Path
@@ -44,13 +43,6 @@ class Switched(nn.Module):
         return (self.noisy if t[0] >= self.at else self.clean)(x_t, t)
 
 
-def grain(images: Tensor) -> float:
-    """Root mean square difference of neighbouring pixels of uint8 images (N, C, H, W), in levels of 255."""
-    squares = [sum(part.float().diff(dim=d).square().sum(dtype=torch.float64).item() for part in images.split(1000))
-               / images.diff(dim=d).numel() for d in (-1, -2)]
-    return math.sqrt(sum(squares) / 2)
-
-
 def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
          data_root: str | None = None, stats_root: str | None = None, device="cpu",
          milestone: int | None = None) -> list[dict]:
@@ -74,18 +66,18 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     distances = Distances(network, config.data.name, train, test, stats_root)
     n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
     used = precision(config.eval.amp, torch.device(device))
-    arms, lines, own, grain_train = dict(zip(names, (first, second), strict=True)), [], None, grain(train)
+    arms, lines, own = dict(zip(names, (first, second), strict=True)), [], None
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
                                 used, f"{noisy}, {clean}")
-        record, estimates = distances.measure(extract_shared(network, samples))
+        record, estimates = distances.measure(samples, extract_shared(network, samples))
         own = own or (record, estimates)
         line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed,
                 "sampler": sampler, "nfe": nfe, "precision": used, **record}
         for name, estimate in estimates.items():
             line |= {f"{name}_difference": record[name] - own[0][name],
                      f"{name}_difference_stderr": paired_stderr(estimate.influence, own[1][name].influence)}
-        lines.append(line | {"grain": grain(samples), "grain_train": grain_train})
+        lines.append(line)
         print(json.dumps(lines[-1]), flush=True)
     return lines
 

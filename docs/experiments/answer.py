@@ -1,0 +1,277 @@
+"""The study's answer, as one figure and one table, from the runs of both arms of [comparisons.min_snr].
+
+    python docs/experiments/answer.py --runs runs
+
+Everything is read at one step: the last one at which every pair has a milestone. Writes answer.png,
+answer.svg and answer.md to --out. A panel or row whose measurement is missing is left out.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from checkpoint import replace_file
+from config import load_tables
+from errors import UserError, run_script
+from fid import metric_name
+from plots import changes, looks, save
+from report import DISTANCE, decide, table
+from runs import Run, find_runs, read_jsonl
+
+HERE = Path(__file__).parent
+EXPS = load_tables("comparisons")["min_snr"]["runs"]
+AT = (0, 50, 130, 200, 500, 999)  # timesteps of the table
+
+
+class Arms(NamedTuple):
+    """Pairs (baseline, arm) by seed, the step at which all is read, and the folder of the runs."""
+    pairs: list[tuple[Run, Run]]
+    step: int
+    root: Path
+
+
+def find(root: Path) -> Arms:
+    """Raises UserError if no seed has a milestone in both arms."""
+    base, arm = ({run.seed: run for run in find_runs(root, exp)} for exp in EXPS)
+    measured = {seed: {r["step"] for r in base[seed].results("milestone")} & {
+        r["step"] for r in arm[seed].results("milestone")} for seed in sorted(base.keys() & arm.keys())}
+    measured = {seed: steps for seed, steps in measured.items() if steps}
+    if not measured:
+        raise UserError(f"{root}: no seed has a milestone of both {' and '.join(EXPS)}")
+    step = min(max(steps) for steps in measured.values())
+    return Arms([(base[seed], arm[seed]) for seed in measured], step, root)
+
+
+def traces(run: Run, step: int) -> dict:
+    """The Hessian traces at a step with the most probes; {} if there are none."""
+    lines = [r for log in ("curvature", "traces") for r in run.log(log) if r["step"] == step]
+    return max(lines, key=lambda r: r["num_probes"], default={})
+
+
+def distance(run: Run, step: int) -> dict:
+    """The results line of the registered sampler: at the last step the final one, else the milestone."""
+    lines = [r for kind in ("milestone", "final") for r in run.results(kind)
+             if r["step"] == step and r["sampler"] == run.config.eval.sampler]
+    return lines[-1]
+
+
+def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
+    (line,) = [r for r in run.log("per_t") if r["step"] == step]
+    return dict(zip(line["t"], line[key], strict=True)) if key in line else {}
+
+
+def swaps(arms: Arms) -> dict[str, dict[int, dict[str, float]]]:
+    """{combination: {seed: {metric: change in percent}}} from the logs that the workflow writes to RUNS/swap.
+
+    The change is from the baseline's own samples. That of two seeds of the baseline, s and u, is of the mean of both
+    combinations from the mean of both networks alone.
+    """
+    a, b = EXPS
+    names = {(b, b): "Min-SNR at all t", (b, a): "Min-SNR above t = 130", (a, b): "Min-SNR below t = 130"}
+    found = {name: {} for name in (*names.values(), "two seeds of the baseline", "baseline, twice the steps")}
+    for base, _ in arms.pairs:
+        s, folder = base.seed, arms.root / "swap"
+        for path in sorted(folder.glob(f"{a}_{s}_*_step{arms.step}.jsonl")):
+            lines = {(r["noisy"], r["clean"]): r for r in read_jsonl(path)}
+            own = next(iter(lines.values()))
+            for metric in (key for key in own if f"{key}_difference" in own):
+                values = {pair: r[metric] for pair, r in lines.items()}
+                changes = {names[pair]: value / own[metric] for pair, value in values.items() if pair in names}
+                if not changes:
+                    mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
+                    changes = {"two seeds of the baseline": sum(mixed) / sum(alone)}
+                longer = folder / f"{a}_{s}_step{2 * arms.step}.jsonl"
+                if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
+                    changes["baseline, twice the steps"] = r[metric] / own[metric]
+                for name, ratio in changes.items():
+                    found[name].setdefault(s, {})[metric] = 100 * (ratio - 1)
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval; NaN ends for one value."""
+    d = decide(values, DISTANCE)
+    return d.mean, *d.interval
+
+
+def percent(ratios: list[float]) -> str:
+    """Mean change over seeds with its 95 % t-interval, in percent, of ratios arm / baseline."""
+    mean, low, high = (100 * math.expm1(y) for y in interval([math.log(r) for r in ratios]))
+    return f"{mean:+.1f} %" + (f" ({low:+.1f} to {high:+.1f})" if len(ratios) > 1 else " (one seed)")
+
+
+def direction(ratios: list[float]) -> str:
+    """What the interval of the mean log ratio says."""
+    _, low, high = interval([math.log(r) for r in ratios])
+    return "higher" if low > 0 else "lower" if high < 0 else "not told apart" if len(ratios) > 1 else "one seed only"
+
+
+# ---- panels ----
+
+def panel_profile(ax, arms: Arms) -> None:
+    for base, arm in arms.pairs:
+        one, two = profile(base, arms.step), profile(arm, arms.step)
+        ax.plot(one.keys(), [two[t] / one[t] for t in one], color=looks([base, arm])[arm]["color"], linewidth=1)
+    ax.axhline(1, color="#000000", linewidth=1)
+    ax.axvline(130, color="#777777", linestyle=":")
+    ax.set_xscale("function", functions=(lambda t: np.sqrt(np.maximum(t, 0)), np.square))
+    ax.set(xlim=(0, 999), xticks=[0, 20, 50, 130, 250, 500, 999], xlabel="timestep t (square-root scale)",
+           ylabel="held-out eps-MSE, Min-SNR / vanilla", title="where the weight acts: a line per seed")
+
+
+def panel_swaps(ax, arms: Arms) -> None:
+    found = swaps(arms)
+    key = metric_name("fd", arms.pairs[0][0].config.eval.features)
+    for y, (name, seeds) in enumerate(found.items()):
+        values = [of[key] for of in seeds.values()]
+        ax.plot(values, [y] * len(values), "o", color="#d55e00" if "Min-SNR" in name else "#000000", alpha=0.7)
+        if len(values) > 1:
+            mean, low, high = interval(values)
+            ax.plot([mean], [y + 0.25], "|", color="#000000", markersize=8)
+            ax.plot([low, high], [y + 0.25] * 2, color="#000000", linewidth=1)
+    ax.axvline(0, color="#000000", linewidth=1)
+    ax.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5),
+           xlabel="change of the distance from vanilla (%)", title="each network on a part of the timesteps")
+
+
+def panel_frontier(ax, arms: Arms) -> None:
+    key = metric_name("fd", arms.pairs[0][0].config.eval.features)
+    for base, arm in arms.pairs:
+        for sampler, dash in (("ddpm", "-"), ("ddim", "--")):
+            points = sorted((d["nfe"], d[key]) for d in changes(base, arm, "frontier") if d["sampler"] == sampler)
+            ax.plot(*zip(*points, strict=True), dash, marker="s", markersize=3, color="#d55e00",
+                    label=f"{sampler.upper()}" if (base, arm) == arms.pairs[0] else None)
+    ax.axhline(0, color="#000000", linewidth=1)
+    ax.set(xscale="log", xlabel="NFE (network calls per sample)", ylabel="change of the distance (%)",
+           title="over the number of calls")
+    ax.legend()
+
+
+def panel_forest(ax, arms: Arms) -> None:
+    key, labels = metric_name("fd", arms.pairs[0][0].config.eval.features), []
+    ratios = []
+    for y, (base, arm) in enumerate(arms.pairs):
+        one, two = distance(base, arms.step), distance(arm, arms.step)
+        (d,) = [d for d in changes(base, arm, two["kind"]) if (d["step"], d["sampler"]) == (arms.step, two["sampler"])]
+        ratios.append(two[key] / one[key])
+        ax.errorbar(d[key], y, xerr=1.96 * d[f"{key}_stderr"], marker="s", color="#d55e00")
+        labels.append(f"seed {base.seed}")
+    if len(ratios) > 1:
+        mean, low, high = (100 * math.expm1(v) for v in interval([math.log(r) for r in ratios]))
+        ax.errorbar(mean, len(ratios), xerr=[[mean - low], [high - mean]], marker="D", color="#000000")
+        labels.append("mean")
+    ax.axvspan(100 * DISTANCE[0] - 100, 100 * DISTANCE[1] - 100, color="#777777", alpha=0.15, linewidth=0)
+    ax.axvline(0, color="#000000", linewidth=1)
+    line = distance(arms.pairs[0][0], arms.step)
+    ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5),
+           xlabel=f"change of the distance (%), {line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}",
+           title="the answer: below 0, Min-SNR is better")
+
+
+def panel_slope(ax, arms: Arms) -> None:
+    """Does the network see the mean colour of x_t?"""
+    for pair in arms.pairs:
+        for run, look in looks(list(pair)).items():
+            slope = profile(run, arms.step, "eps_mean_slope_ema")
+            ax.plot(slope.keys(), slope.values(), color=look["color"], linestyle=look["linestyle"], linewidth=1,
+                    label=look["label"] if pair == arms.pairs[0] else None)
+    best = profile(arms.pairs[0][0], arms.step, "eps_mean_slope_best")
+    ax.plot(best.keys(), best.values(), color="#0072b2", linewidth=2, label="best linear denoiser")
+    ax.set(xlabel="timestep t", ylabel="slope of eps_hat's channel means", title="how much of the mean colour is seen")
+    ax.legend()
+
+
+def measured(log: Callable[[Run], object]) -> Callable[[Arms], bool]:
+    """Whether every run has it."""
+    return lambda arms: all(log(run) for pair in arms.pairs for run in pair)
+
+
+PANELS: dict[Callable, Callable[[Arms], bool]] = {  # and when it can be drawn
+    panel_profile: measured(lambda run: run.log("per_t")), panel_swaps: lambda arms: bool(swaps(arms)),
+    panel_frontier: measured(lambda run: run.results("frontier")),
+    panel_slope: measured(lambda run: "eps_mean_slope_ema" in run.log("per_t")[-1]),
+    panel_forest: measured(lambda run: run.results("milestone"))}
+
+
+def description(arms: Arms) -> str:
+    return (f"Step {arms.step:,}, EMA weights, {EXPS[1]} (Min-SNR, gamma 5) against {EXPS[0]} (vanilla), seeds "
+            f"{', '.join(str(base.seed) for base, _ in arms.pairs)}.")
+
+
+def answer(arms: Arms) -> Figure:
+    """Two panels in a row; the last one is as wide as both if their number is odd."""
+    panels = [panel for panel, can_be_drawn in PANELS.items() if can_be_drawn(arms)]
+    rows = math.ceil(len(panels) / 2)
+    fig = Figure((10.4, 3.7 * rows))
+    grid = fig.add_gridspec(rows, 2)
+    for i, panel in enumerate(panels):
+        wide = i + 1 == len(panels) and i % 2 == 0
+        ax = fig.add_subplot(grid[i // 2, :] if wide else grid[i // 2, i % 2])
+        panel(ax, arms)
+        ax.set_title(f"({'abcde'[i]}) {ax.get_title()}")
+    fig.supxlabel(f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean "
+                  "over seeds. Grey: +-7 %, the registered limits.", x=0.01, ha="left", fontsize=8)
+    return fig
+
+
+# ---- the table ----
+
+def rows(arms: Arms) -> list[list[str]]:
+    """What, in which direction it differs, by how much, and how it was measured."""
+    pairs, step, k = arms.pairs, arms.step, len(arms.pairs)
+
+    def ratios(value: Callable[[Run], float]) -> list[float]:
+        return [value(arm) / value(base) for base, arm in pairs]
+
+    line, found = distance(pairs[0][0], step), []
+    for name, metric in (("Fréchet distance", "fd"), ("KID", "kid")):
+        key = metric_name(metric, line["features"])
+        r = ratios(lambda run, key=key: distance(run, step)[key])
+        found.append([f"{name} of samples (lower is better)", direction(r), percent(r),
+                      f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, {k} seeds"])
+    for t in sorted(profile(pairs[0][0], step).keys() & set(AT)):
+        r = ratios(lambda run, t=t: profile(run, step)[t])
+        found.append([f"Held-out eps-MSE at t = {t}", direction(r), percent(r), f"EMA weights, {k} seeds"])
+    probes = {traces(run, step).get("num_probes") for pair in pairs for run in pair}
+    for of, key in (("the unweighted loss", "hutch_trace_unweighted_mean"), ("the arm's own loss", "hutch_trace_mean")):
+        if len(probes) == 1 and None not in probes:
+            r = ratios(lambda run, key=key: traces(run, step)[f"curvature/{key}"])
+            found.append([f"Hessian trace of {of}", direction(r), percent(r), f"{min(probes)} probes, {k} seeds"])
+    for name, seeds in swaps(arms).items():
+        r = [1 + of[metric_name("fd", line["features"])] / 100 for of in seeds.values()]
+        found.append([f"Fréchet distance of {name}", direction(r), percent(r), f"{len(r)} seeds"])
+    for key, name in (("channel_mean_sd", "Spread of mean colours"), ("neighbour_rms", "Texture")):
+        key = f"samples/{key}"
+        if all(key in distance(run, step) for pair in pairs for run in pair):
+            r = ratios(lambda run, key=key: distance(run, step)[key])
+            one, two = (np.mean([distance(run, step)[key] for run in arm]) for arm in zip(*pairs, strict=True))
+            found.append([name, direction(r), percent(r), f"levels of 255: vanilla {one:.1f}, Min-SNR {two:.1f}, "
+                          f"training images {line[f'{key}_train']:.1f}"])
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs", help="folder with RUNS/EXP/seedSEED")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder to write to")
+    args = parser.parse_args(argv)
+    arms = find(args.runs)
+    print(*save(answer(arms), args.out, "answer"))
+    text = (f"{description(arms)} A change is the mean over seeds of the logarithm of the ratio, in percent, with its\n"
+            "95 % t-interval.\n\n"
+            + table(["measure", "Min-SNR is", "change", "measured with"], rows(arms)) + "\n")
+    replace_file(args.out / "answer.md", text.encode())
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

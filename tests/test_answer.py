@@ -1,0 +1,76 @@
+"""The answer's figure and table, from run directories that hold known numbers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_report import STEPS, make_run
+
+from errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
+import answer
+
+STEP = STEPS // 2  # the milestone of make_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Min-SNR's distance is 10 and 21 % higher at two seeds; seed 1079 has one arm only."""
+    for seed, ratio in ((1077, 1.10), (1078, 1.21)):
+        make_run(tmp_path, "E1", seed)
+        make_run(tmp_path, "E2", seed, fd=100 * ratio)
+    make_run(tmp_path, "E1", 1079)
+    return tmp_path
+
+
+def add_swap(runs, seed, names, differences):
+    folder = runs / "swap"
+    folder.mkdir(exist_ok=True)
+    lines = [{"step": STEP, "noisy": noisy, "clean": clean, "n": 1000, "val/fd_lite0": 200.0 + difference,
+              "val/fd_lite0_difference": difference}
+             for (noisy, clean), difference in zip([(a, b) for a in names for b in names], differences, strict=True)]
+    file = "_".join(name.replace("/", "_") if "/" in name else f"{name}_{seed}" for name in names)
+    (folder / f"{file}_step{STEP}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def table(text):
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    return {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)}
+
+
+def test_numbers_of_the_table(runs, tmp_path, capsys):
+    add_swap(runs, 1077, ["E1", "E2"], [0, 20, -10, 4])
+    add_swap(runs, 1078, ["E1", "E2"], [0, 20, -10, 4])
+    add_swap(runs, 1077, ["E1/1077", "E1/1078"], [0, -6, -8, 50])
+    (runs / "swap" / f"E1_1077_step{2 * STEP}.jsonl").write_text(
+        json.dumps({"step": 2 * STEP, "n": 1000, "val/fd_lite0": 150.0}) + "\n")
+    assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "answer.md").read_text()
+    assert f"Step {STEP:,}" in text and "1077, 1078." in text and (tmp_path / "out" / "answer.png").exists()
+    found = table(text)
+    # the mean of ln 1.10 and ln 1.21 is 1.5 ln 1.10; half a 95 % interval of two seeds is 12.706 / 2 of their distance
+    high, low = (100 * (1.1 ** (1.5 + sign * 12.7062 / 2) - 1) for sign in (1, -1))
+    name = "Fréchet distance of samples (lower is better)"
+    assert found[name][:2] == ["not told apart", f"+15.4 % ({low:+.1f} to {high:+.1f})"]
+    assert found["Held-out eps-MSE at t = 500"][1] == "+0.0 % (+0.0 to +0.0)"
+    assert found["Held-out eps-MSE at t = 0"][1].startswith("+15.4 %")
+    assert found["Fréchet distance of Min-SNR above t = 130"][:2] == ["lower", "-5.0 % (-5.0 to -5.0)"]
+    assert found["Fréchet distance of Min-SNR below t = 130"][:2] == ["higher", "+10.0 % (+10.0 to +10.0)"]
+    assert found["Fréchet distance of Min-SNR at all t"][1].startswith("+2.0 %")
+    # both combinations (194 and 192) against both networks alone (200 and 250)
+    assert found["Fréchet distance of two seeds of the baseline"][:2] == ["one seed only", "-14.2 % (one seed)"]
+    assert found["Fréchet distance of baseline, twice the steps"][1] == "-25.0 % (one seed)"
+
+
+def test_what_is_not_measured_is_left_out(runs, tmp_path, capsys):
+    assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    assert not any("t = 130" in name for name in table((tmp_path / "out" / "answer.md").read_text()))
+
+
+def test_without_a_pair_there_is_no_answer(tmp_path):
+    make_run(tmp_path, "E1", 1077)
+    make_run(tmp_path, "E2", 1078)
+    with pytest.raises(UserError, match="no seed"):
+        answer.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")])
