@@ -122,7 +122,7 @@ def test_a_killed_study_is_the_same_study(checkout, tmp_path):
     status, out = run(checkout, killed)
     assert status == 0 and "resuming from step" in out, out
     a, b = contents(killed), contents(whole)
-    assert len(b) == 16 and [name for name in b if not same(a[name], b[name])] == []
+    assert len(b) == 22 and [name for name in b if not same(a[name], b[name])] == []
     assert [r["step"] for r in read_jsonl(e1 / "traces.jsonl")] == [30, 60]
     assert {path.name: [(r["step"], r["n"]) for r in read_jsonl(killed / path)] for path in a.keys() - b.keys()} == {
         "E1_1077_E2_1077_step30.jsonl": [(30, 5)] * 4, "E1_1077_E2_1077_step60.jsonl": [(60, 10)] * 4,
