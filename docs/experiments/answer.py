@@ -3,7 +3,8 @@
     python docs/experiments/answer.py --runs runs
 
 Everything is read at one step: the last one at which every pair has a milestone. Writes answer.png,
-answer.svg and answer.md to --out. A panel or row whose measurement is missing is left out.
+answer.svg and answer.md to --out, and without --out the table into summary.md. A panel or row whose measurement is
+missing is left out.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from runs import Run, find_runs, read_jsonl
 
 HERE = Path(__file__).parent
 EXPS = load_tables("comparisons")["min_snr"]["runs"]
-AT = (0, 50, 130, 200, 500, 999)  # timesteps of the table
+MARKS = "<!-- generated: python docs/experiments/answer.py -->", "<!-- end -->"
+AT = (0, 10, 50, 130, 200, 500, 999)  # timesteps of the table
 
 
 class Arms(NamedTuple):
@@ -104,13 +106,19 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 def percent(ratios: list[float]) -> str:
     """Mean change over seeds with its 95 % t-interval, in percent, of ratios arm / baseline."""
     mean, low, high = (100 * math.expm1(y) for y in interval([math.log(r) for r in ratios]))
-    return f"{mean:+.1f} %" + (f" ({low:+.1f} to {high:+.1f})" if len(ratios) > 1 else " (one seed)")
+    return f"{mean:+.1f} %" + f" ({low:+.1f} to {high:+.1f})" * (len(ratios) > 1)
 
 
 def direction(ratios: list[float]) -> str:
-    """What the interval of the mean log ratio says."""
+    """What the interval of the mean log ratio says; of one seed, the sign of its own."""
+    if len(ratios) == 1:
+        return f"{'higher' if ratios[0] > 1 else 'lower'} at this seed"
     _, low, high = interval([math.log(r) for r in ratios])
-    return "higher" if low > 0 else "lower" if high < 0 else "not told apart" if len(ratios) > 1 else "one seed only"
+    return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+
+
+def seeds_of(ratios: list[float]) -> str:
+    return f"{len(ratios)} seed{'s' * (len(ratios) > 1)}"
 
 
 # ---- panels ----
@@ -201,8 +209,8 @@ PANELS: dict[Callable, Callable[[Arms], bool]] = {  # and when it can be drawn
 
 
 def description(arms: Arms) -> str:
-    return (f"Step {arms.step:,}, EMA weights, {EXPS[1]} (Min-SNR, gamma 5) against {EXPS[0]} (vanilla), seeds "
-            f"{', '.join(str(base.seed) for base, _ in arms.pairs)}.")
+    return (f"Step {arms.step:,}, EMA weights, {EXPS[1]} (Min-SNR, gamma 5) against {EXPS[0]} (vanilla), seed"
+            f"{'s' * (len(arms.pairs) > 1)} {', '.join(str(base.seed) for base, _ in arms.pairs)}.")
 
 
 def answer(arms: Arms) -> Figure:
@@ -225,7 +233,7 @@ def answer(arms: Arms) -> Figure:
 
 def rows(arms: Arms) -> list[list[str]]:
     """What, in which direction it differs, by how much, and how it was measured."""
-    pairs, step, k = arms.pairs, arms.step, len(arms.pairs)
+    pairs, step = arms.pairs, arms.step
 
     def ratios(value: Callable[[Run], float]) -> list[float]:
         return [value(arm) / value(base) for base, arm in pairs]
@@ -235,18 +243,18 @@ def rows(arms: Arms) -> list[list[str]]:
         key = metric_name(metric, line["features"])
         r = ratios(lambda run, key=key: distance(run, step)[key])
         found.append([f"{name} of samples (lower is better)", direction(r), percent(r),
-                      f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, {k} seeds"])
+                      f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, {seeds_of(r)}"])
     for t in sorted(profile(pairs[0][0], step).keys() & set(AT)):
         r = ratios(lambda run, t=t: profile(run, step)[t])
-        found.append([f"Held-out eps-MSE at t = {t}", direction(r), percent(r), f"EMA weights, {k} seeds"])
+        found.append([f"Held-out eps-MSE at t = {t}", direction(r), percent(r), f"EMA weights, {seeds_of(r)}"])
     probes = {traces(run, step).get("num_probes") for pair in pairs for run in pair}
     for of, key in (("the unweighted loss", "hutch_trace_unweighted_mean"), ("the arm's own loss", "hutch_trace_mean")):
         if len(probes) == 1 and None not in probes:
             r = ratios(lambda run, key=key: traces(run, step)[f"curvature/{key}"])
-            found.append([f"Hessian trace of {of}", direction(r), percent(r), f"{min(probes)} probes, {k} seeds"])
+            found.append([f"Hessian trace of {of}", direction(r), percent(r), f"{min(probes)} probes, {seeds_of(r)}"])
     for name, seeds in swaps(arms).items():
         r = [1 + of[metric_name("fd", line["features"])] / 100 for of in seeds.values()]
-        found.append([f"Fréchet distance of {name}", direction(r), percent(r), f"{len(r)} seeds"])
+        found.append([f"Fréchet distance of {name}", direction(r), percent(r), seeds_of(r)])
     for key, name in (("channel_mean_sd", "Spread of mean colours"), ("neighbour_rms", "Texture")):
         key = f"samples/{key}"
         if all(key in distance(run, step) for pair in pairs for run in pair):
@@ -261,14 +269,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs", help="folder with RUNS/EXP/seedSEED")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder to write to")
+    parser.add_argument("--out", type=Path, help="folder to write to; docs/experiments/results by default")
     args = parser.parse_args(argv)
     arms = find(args.runs)
-    print(*save(answer(arms), args.out, "answer"))
-    text = (f"{description(arms)} A change is the mean over seeds of the logarithm of the ratio, in percent, with its\n"
+    out = args.out or HERE / "results"
+    print(*save(answer(arms), out, "answer"))
+    text = (f"{description(arms)}\nA change is the mean over seeds of the logarithm of the ratio, in percent, with its "
             "95 % t-interval.\n\n"
             + table(["measure", "Min-SNR is", "change", "measured with"], rows(arms)) + "\n")
-    replace_file(args.out / "answer.md", text.encode())
+    replace_file(out / "answer.md", text.encode())
+    if args.out is None:
+        page = HERE / "summary.md"
+        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+        replace_file(page, f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}".encode())
     print(text)
     return 0
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 EXPS = load_tables("comparisons")["min_snr"]["runs"]
 SPANS = (500, 1000), (1000, 2000), (4000, 5000), (9000, 10_000), (49_000, 50_000)  # steps, of the training error
 STEPS = 10_000, 50_000                                                             # of what milestones measure
-AT, IMAGES = (0, 50, 130, 200, 500, 999), 512                                      # of the per-t profile
+AT, IMAGES = (0, 10, 50, 130, 200, 500, 999), 512                                  # of the per-t profile
 DISTANCE = {"kind": "milestone", "sampler": "ddpm", "nfe": 50, "n": 2000, "features": "lite0"}
 
 
@@ -75,7 +75,8 @@ def bands(root: Path) -> str:
         cells = []
         for runs in arms:
             found = values(runs, name)
-            ours = f"{min(found):.4g} to {max(found):.4g} ({len(found)})" if found else ""
+            ends = dict.fromkeys(f"{x:.4g}" for x in (min(found), max(found))) if found else ()
+            ours = f"{' to '.join(ends)} ({len(found)})" if found else ""
             cells += [ours, "{:.4g} to {:.4g}".format(*limits) if (limits := band(found)) else ""]
         if any(cells):
             rows.append([name, *cells])
