@@ -30,6 +30,7 @@ from checkpoint import lock, replace_file, save_checkpoint
 from config import Config, flatten, list_experiments, load_config
 from data import batch_indices, load_images, make_shapes, to_model_range
 from diffusion import Diffusion
+from distances import Distances
 from errors import UserError, run_script
 from estimate import print_estimate
 from fid import feature_network
@@ -133,7 +134,7 @@ def log_record(state: State, diffusion: Diffusion, w: Tensor, batch: dict[str, T
 # ---- one run ----
 
 def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, held_out: Tensor,
-          distances: evaluate.Distances | None, saved: dict | None) -> int:
+          distances: Distances | None, saved: dict | None) -> int:
     """Train from `saved` (a checkpoint's content, or None for step 0) to the end; return the signal that stopped it.
 
     images, held_out: uint8 (N, 3, 32, 32), to train on and for the per-t profile. The checkpoint
@@ -251,7 +252,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     distances = None
     if ev.features != "none":
         network = parallel.in_turn(lambda: feature_network(ev.features, ev.inception_weights, device))
-        distances = evaluate.Distances(network, config.data.name, images, test, ev.stats_root)
+        distances = Distances(network, config.data.name, images, test, ev.stats_root)
     launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     again = f"{launcher} {shlex.join([arg for arg in sys.argv if arg not in ('--overwrite', '--resume')])} --resume"
     try:

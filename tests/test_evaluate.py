@@ -14,13 +14,12 @@ from config import load_config
 from curvature import hutchinson_trace, summarise
 from data import grid_png, load_images, make_shapes
 from diffusion import Diffusion, linear_betas
+from distances import Distances, image_statistics
 from errors import UserError
 from evaluate import (
-    Distances,
     best_mean_slope,
     curvature_record,
     eval_mode,
-    image_statistics,
     per_t_profile,
     profile_timesteps,
     sample_images,
@@ -210,7 +209,7 @@ def test_statistics_and_context_are_made_once(distances, monkeypatch):
     cache = json.loads(distances.context_path.read_text())
     distances.context_path.write_text(json.dumps(cache | {"origin": {"weights_hash": "other"}, "50": {}}))
     assert Distances(*args).context(50) == context  # made again, since it was that of another network
-    monkeypatch.setattr(evaluate, "extract", None)  # would fail if called
+    monkeypatch.setattr("distances.extract", None)  # would fail if called
     again = Distances(*args)
     assert np.array_equal(again.reference.cov, reference.cov) and again.context(50) == context
 

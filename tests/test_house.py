@@ -14,8 +14,9 @@ LEAVES = {"rng", "errors", "data", "model", "diffusion", "weighting", "curvature
 ALLOWED = {name: set() for name in LEAVES} | {
     "fid": {"inception"}, "curvature": {"taylor"}, "config": {"diffusion", "fid", "weighting"},
     "runs": LEAVES | {"config"}, "interop": {"checkpoint", "config", "diffusion", "model", "runs"},
-    "evaluate": LEAVES | {"config", "runs", "interop"}, "estimate": LEAVES | {"config", "evaluate"},
-    "train": LEAVES | {"config", "runs", "evaluate", "estimate"},
+    "distances": LEAVES | {"runs"},
+    "evaluate": LEAVES | {"config", "runs", "interop", "distances"}, "estimate": LEAVES | {"config", "evaluate"},
+    "train": LEAVES | {"config", "runs", "distances", "evaluate", "estimate"},
     "sample": LEAVES | {"config", "runs", "evaluate", "interop"},
     "plots": LEAVES | {"config", "runs"}, "report": LEAVES | {"config", "runs", "plots"}}
 MODULES = {path.stem for path in ROOT.glob("*.py")}

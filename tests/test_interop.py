@@ -11,6 +11,7 @@ import interop
 from config import load_config
 from data import make_shapes
 from diffusion import ddpm_sample
+from distances import Distances
 from errors import UserError
 from evaluate import sample_images
 from model import UNet
@@ -211,7 +212,7 @@ def test_distances_of_a_stored_network(tmp_path, folder, monkeypatch, capsys, fl
     assert drawn == [n, sampler, nfe, seed] and equal(model, network(SMALL)[1])
     assert line["diffusers"] == str(folder) and line["seed"] == seed and line["reference"].startswith("cifar10 train")
     features = tiny_network()(few_samples(*interop.read(folder))).numpy()
-    distances = evaluate.Distances(tiny_network(), "cifar10", images["cifar10"], images["cifar10"], tmp_path / "stats")
+    distances = Distances(tiny_network(), "cifar10", images["cifar10"], images["cifar10"], tmp_path / "stats")
     assert line["val/fid"] == distances.estimates(features)["val/fid"].value
 
 

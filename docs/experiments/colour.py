@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import default
 from data import load_images, to_model_range
 from diffusion import SAMPLERS, Diffusion
+from distances import Distances, extract_shared
 from errors import UserError, run_script
-from evaluate import Distances, best_mean_slope, extract_shared, sample_images
+from evaluate import best_mean_slope, sample_images
 from fid import feature_network
 from parallel import precision
 from runs import load_run

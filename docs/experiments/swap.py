@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import default, flatten
 from data import load_images
 from diffusion import SAMPLERS
+from distances import Distances, extract_shared
 from errors import UserError, run_script
-from evaluate import Distances, extract_shared, sample_images
+from evaluate import sample_images
 from fid import feature_network
 from parallel import precision
 from runs import load_run, paired_stderr
