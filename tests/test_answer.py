@@ -69,6 +69,19 @@ def test_what_is_not_measured_is_left_out(runs, tmp_path, capsys):
     assert not any("t = 130" in name for name in table((tmp_path / "out" / "answer.md").read_text()))
 
 
+def test_table_of_the_corrected_colours(runs, tmp_path, capsys):
+    (runs / "colour").mkdir()
+    r = {"step": 50, "exp": "E1", "seed": 1077, "n": 200, "features": "lite0", "above": 500, "sampler": "ddim",
+         "nfe": 50, "val/kid_lite0": 0.5, "samples/channel_mean_sd_train": 34.8, "samples/neighbour_rms_train": 24.3}
+    lines = [r | {"mean_colour": name, "val/fd_lite0": fd, "samples/channel_mean_sd": sd, "samples/neighbour_rms": 22}
+             for name, fd, sd in (("as it is", 792.1, 66.6), ("corrected", 729.4, 23.8))]
+    (runs / "colour" / "E1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "answer.md").read_text()
+    assert "| E1, seed 1077, DDIM 50 | corrected | 729.4 | 0.5 | 23.8 | 22 |" in text
+    assert "| E1, seed 1077, DDIM 50 | as it is | 792.1 |" in text and "34.8 and 24.3" in text and "t > 500" in text
+
+
 def test_without_a_pair_there_is_no_answer(tmp_path):
     make_run(tmp_path, "E1", 1077)
     make_run(tmp_path, "E2", 1078)

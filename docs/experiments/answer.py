@@ -29,6 +29,7 @@ from runs import Run, find_runs, read_jsonl
 HERE = Path(__file__).parent
 EXPS = load_tables("comparisons")["min_snr"]["runs"]
 MARKS = "<!-- generated: python docs/experiments/answer.py -->", "<!-- end -->"
+SPREAD = "samples/channel_mean_sd", "samples/neighbour_rms"
 AT = (0, 10, 50, 130, 200, 500, 999)  # timesteps of the table
 
 
@@ -255,14 +256,27 @@ def rows(arms: Arms) -> list[list[str]]:
     for name, seeds in swaps(arms).items():
         r = [1 + of[metric_name("fd", line["features"])] / 100 for of in seeds.values()]
         found.append([f"Fréchet distance of {name}", direction(r), percent(r), seeds_of(r)])
-    for key, name in (("channel_mean_sd", "Spread of mean colours"), ("neighbour_rms", "Texture")):
-        key = f"samples/{key}"
+    for key, name in zip(SPREAD, ("Spread of mean colours", "Texture"), strict=True):
         if all(key in distance(run, step) for pair in pairs for run in pair):
             r = ratios(lambda run, key=key: distance(run, step)[key])
             one, two = (np.mean([distance(run, step)[key] for run in arm]) for arm in zip(*pairs, strict=True))
             found.append([name, direction(r), percent(r), f"levels of 255: vanilla {one:.1f}, Min-SNR {two:.1f}, "
                           f"training images {line[f'{key}_train']:.1f}"])
     return found
+
+
+def colours(root: Path) -> str:
+    """A table of what colour.py has logged in RUNS/colour; "" if there is nothing."""
+    found = []
+    for r in [r for path in sorted((root / "colour").glob("*.jsonl")) for r in read_jsonl(path)]:
+        keys = [*(metric_name(metric, r["features"]) for metric in ("fd", "kid")), *SPREAD]
+        found.append([f"{r['exp']}, seed {r['seed']}, {r['sampler'].upper()} {r['nfe']}", r["mean_colour"],
+                      *(f"{r[key]:.4g}" for key in keys)])
+        data = f"in training images {r[f'{SPREAD[0]}_train']:.1f} and {r[f'{SPREAD[1]}_train']:.1f}"
+        text = (f"Step {r['step']:,}, n = {r['n']:,}, {r['features']}; corrected: at t > {r['above']} the channel "
+                f"means of eps_hat are the best linear ones.\nSpread and texture in levels of 255; {data}.")
+    header = ["samples", "mean colour", "Fréchet distance", "KID", "spread of mean colours", "texture"]
+    return f"{text}\n\n{table(header, found)}\n" if found else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -277,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     text = (f"{description(arms)}\nA change is the mean over seeds of the logarithm of the ratio, in percent, with its "
             "95 % t-interval.\n\n"
             + table(["measure", "Min-SNR is", "change", "measured with"], rows(arms)) + "\n")
+    if more := colours(args.runs):
+        text += f"\n{more}"
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
