@@ -162,8 +162,8 @@ def train(config: Config, run_dir: Path, device: torch.device, images: Tensor, h
         lines = evaluate.measure(config, run_dir, state.step, state.model, state.ema, diffusion, images, held_out,
                                  distances)
         if first():
-            for line in lines:
-                progress.write(f"{config.exp}: step {line['step']}, {evaluate.sentence(line)}")
+            for sentence in dict.fromkeys(map(evaluate.sentence, lines)):  # the last milestone and the end may be equal
+                progress.write(f"{config.exp}: step {state.step}, {sentence}")
         seconds["seconds/measure"] += time.perf_counter() - start
 
     with parallel.stop_requests() as stops, parallel.bar(None, config.exp, total=total, initial=state.step) as progress:
