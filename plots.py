@@ -172,10 +172,10 @@ def distance(ax, runs: list[Run]) -> str:
 
 def difference(ax, runs: list[Run]) -> str:
     """Milestones in percent of the first experiment's at the same seed."""
-    key = metric_name("fd", runs[0].config.eval.features)
+    key, look = metric_name("fd", runs[0].config.eval.features), looks(runs)
     for run, base in baselines(runs).items():
         if points := changes(base, run, "milestone"):
-            ax.errorbar(*columns(points, "step", key, f"{key}_stderr"), **looks(runs)[run])
+            ax.errorbar(*columns(points, "step", key, f"{key}_stderr"), **look[run])
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set_ylabel(f"difference from\n{runs[0].exp} (%)")
     return "Differences: of paired samples, seed by seed."
@@ -240,14 +240,14 @@ def profile(runs: list[Run], key: str, name: str, weighted: bool = False) -> Fig
 
 def curvature_vs_distance(runs: list[Run]) -> Figure:
     """Both in percent of the first experiment's at the same seed and milestone."""
-    ax, pairs = Figure((6.5, 4)).subplots(), baselines(runs)
+    ax, pairs, look = Figure((6.5, 4)).subplots(), baselines(runs), looks(runs)
     key, at = metric_name("fd", runs[0].config.eval.features), "curvature/hutch_trace_unweighted_mean"
     for run, base in need(pairs, runs, "pair of two experiments at one seed").items():
         traces = [{r["step"]: r[at] for r in logged(one, "curvature")} for one in (base, run)]
         points = [d | {at: 100 * (traces[1][d["step"]] / traces[0][d["step"]] - 1)}
                   for d in changes(base, run, "milestone") if all(d["step"] in of for of in traces)]
         need(points, [base, run], "milestone in results.jsonl with a trace, in both and with the same features")
-        ax.errorbar(*columns(points, at, key, f"{key}_stderr"), **looks(runs)[run])
+        ax.errorbar(*columns(points, at, key, f"{key}_stderr"), **look[run])
         for d in points:
             ax.annotate(f"{d['step']:,}", (d[at], d[key]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     for line in (ax.axhline, ax.axvline):

@@ -1,6 +1,6 @@
 """Train one experiment of experiments.toml.
 
-    python train.py --exp smoke                                        about a minute, no data, no network
+    python train.py --exp smoke                                        one to two minutes, no data, no network
     python train.py --exp E8c --data-root DIR                          the real thing, into runs/E8c/seed1077
     python train.py --exp E8c --set loss.gamma=3 --seed 1 --out runs_gamma3
     python train.py --exp E8c --profile cpu                            evaluated at a size for two CPU cores

@@ -70,43 +70,40 @@ def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
     return dict(zip(line["t"], line[key], strict=True)) if key in line else {}
 
 
-def swaps(arms: Arms) -> dict[str, dict[int, dict[str, float]]]:
-    """{combination: {seed: {metric: change in percent}}} from the logs that the workflow writes to RUNS/swap.
+def swaps(arms: Arms) -> dict[str, dict[int, float]]:
+    """{combination: {seed: ratio of Frechet distances}} from the logs that the workflow writes to RUNS/swap.
 
-    The change is from the baseline's own samples. That of two seeds of the baseline, s and u, is of the mean of both
-    combinations from the mean of both networks alone.
+    The ratio is to the baseline's own samples. That of two seeds of the baseline, s and u, is of the sum of both
+    combinations to the sum of both networks alone.
     """
     a, b = EXPS
     names = {(b, b): "Min-SNR at all t", (b, a): "Min-SNR above t = 130", (a, b): "Min-SNR below t = 130"}
     found = {name: {} for name in (*names.values(), "two seeds of the baseline", "baseline, twice the steps")}
     for base, _ in arms.pairs:
-        s, folder = base.seed, arms.root / "swap"
+        s, folder, fd = base.seed, arms.root / "swap", metric_name("fd", base.config.eval.features)
         for path in sorted(folder.glob(f"{a}_{s}_*_step{arms.step}.jsonl")):
-            lines = {(r["noisy"], r["clean"]): r for r in read_jsonl(path)}
-            own = next(iter(lines.values()))
-            for metric in (key for key in own if f"{key}_difference" in own):
-                values = {pair: r[metric] for pair, r in lines.items()}
-                changes = {names[pair]: value / own[metric] for pair, value in values.items() if pair in names}
-                if not changes:
-                    mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
-                    changes = {"two seeds of the baseline": sum(mixed) / sum(alone)}
-                longer = folder / f"{a}_{s}_step{2 * arms.step}.jsonl"
-                if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
-                    changes["baseline, twice the steps"] = r[metric] / own[metric]
-                for name, ratio in changes.items():
-                    found[name].setdefault(s, {})[metric] = 100 * (ratio - 1)
+            lines = read_jsonl(path)
+            values, own = {(r["noisy"], r["clean"]): r[fd] for r in lines}, lines[0]
+            if names.keys() & values.keys():
+                for pair, name in names.items():
+                    found[name][s] = values[pair] / own[fd]
+            else:
+                mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
+                found["two seeds of the baseline"][s] = sum(mixed) / sum(alone)
+            longer = folder / f"{a}_{s}_step{2 * arms.step}.jsonl"
+            if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
+                found["baseline, twice the steps"][s] = r[fd] / own[fd]
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t-interval; NaN ends for one value."""
-    d = decide(values, DISTANCE)
-    return d.mean, *d.interval
+def change(ratios: list[float]) -> tuple[float, float, float]:
+    """Of ratios arm / baseline, a seed each: mean of the logarithm and its 95 % t-interval, in percent; NaN of one."""
+    d = decide([math.log(r) for r in ratios], DISTANCE)
+    return tuple(100 * math.expm1(y) for y in (d.mean, *d.interval))
 
 
 def percent(ratios: list[float]) -> str:
-    """Mean change over seeds with its 95 % t-interval, in percent, of ratios arm / baseline."""
-    mean, low, high = (100 * math.expm1(y) for y in interval([math.log(r) for r in ratios]))
+    mean, low, high = change(ratios)
     return f"{mean:+.1f} %" + f" ({low:+.1f} to {high:+.1f})" * (len(ratios) > 1)
 
 
@@ -114,7 +111,7 @@ def direction(ratios: list[float]) -> str:
     """What the interval of the mean log ratio says; of one seed, the sign of its own."""
     if len(ratios) == 1:
         return f"{'higher' if ratios[0] > 1 else 'lower'} at this seed"
-    _, low, high = interval([math.log(r) for r in ratios])
+    _, low, high = change(ratios)
     return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
 
 
@@ -137,12 +134,12 @@ def panel_profile(ax, arms: Arms) -> None:
 
 def panel_swaps(ax, arms: Arms) -> None:
     found = swaps(arms)
-    key = metric_name("fd", arms.pairs[0][0].config.eval.features)
     for y, (name, seeds) in enumerate(found.items()):
-        values = [of[key] for of in seeds.values()]
-        ax.plot(values, [y] * len(values), "o", color="#d55e00" if "Min-SNR" in name else "#000000", alpha=0.7)
-        if len(values) > 1:
-            mean, low, high = interval(values)
+        ratios = list(seeds.values())
+        ax.plot([100 * (r - 1) for r in ratios], [y] * len(ratios), "o", alpha=0.7,
+                color="#d55e00" if "Min-SNR" in name else "#000000")
+        if len(ratios) > 1:
+            mean, low, high = change(ratios)
             ax.plot([mean], [y + 0.25], "|", color="#000000", markersize=8)
             ax.plot([low, high], [y + 0.25] * 2, color="#000000", linewidth=1)
     ax.axvline(0, color="#000000", linewidth=1)
@@ -164,21 +161,20 @@ def panel_frontier(ax, arms: Arms) -> None:
 
 
 def panel_forest(ax, arms: Arms) -> None:
-    key, labels = metric_name("fd", arms.pairs[0][0].config.eval.features), []
-    ratios = []
+    key, labels, ratios = metric_name("fd", arms.pairs[0][0].config.eval.features), [], []
     for y, (base, arm) in enumerate(arms.pairs):
-        one, two = distance(base, arms.step), distance(arm, arms.step)
-        (d,) = [d for d in changes(base, arm, two["kind"]) if (d["step"], d["sampler"]) == (arms.step, two["sampler"])]
-        ratios.append(two[key] / one[key])
+        line = distance(arm, arms.step)
+        own = {key: line[key] for key in ("step", "sampler")}
+        (d,) = [d for d in changes(base, arm, line["kind"]) if own.items() <= d.items()]
+        ratios.append(1 + d[key] / 100)
         ax.errorbar(d[key], y, xerr=1.96 * d[f"{key}_stderr"], marker="s", color="#d55e00")
         labels.append(f"seed {base.seed}")
     if len(ratios) > 1:
-        mean, low, high = (100 * math.expm1(v) for v in interval([math.log(r) for r in ratios]))
+        mean, low, high = change(ratios)
         ax.errorbar(mean, len(ratios), xerr=[[mean - low], [high - mean]], marker="D", color="#000000")
         labels.append("mean")
     ax.axvspan(100 * DISTANCE[0] - 100, 100 * DISTANCE[1] - 100, color="#777777", alpha=0.15, linewidth=0)
     ax.axvline(0, color="#000000", linewidth=1)
-    line = distance(arms.pairs[0][0], arms.step)
     ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5),
            xlabel=f"change of the distance (%), {line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}",
            title="the answer: below 0, Min-SNR is better")
@@ -254,7 +250,7 @@ def rows(arms: Arms) -> list[list[str]]:
             r = ratios(lambda run, key=key: traces(run, step)[f"curvature/{key}"])
             found.append([f"Hessian trace of {of}", direction(r), percent(r), f"{min(probes)} probes, {seeds_of(r)}"])
     for name, seeds in swaps(arms).items():
-        r = [1 + of[metric_name("fd", line["features"])] / 100 for of in seeds.values()]
+        r = list(seeds.values())
         found.append([f"Fréchet distance of {name}", direction(r), percent(r), seeds_of(r)])
     for key, name in zip(SPREAD, ("Spread of mean colours", "Texture"), strict=True):
         if all(key in distance(run, step) for pair in pairs for run in pair):
