@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,6 +38,7 @@ from runs import weights_of
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 PRECISIONS = ["fp32"] + ["bf16"] * (precision(True, CPU) == "bf16")
 PACKAGES = ("torch", "numpy", "scipy", "diffusers", "pytorch-fid", "torch-fidelity", "torchmetrics", "pyhessian")
+KERNELS = {f"aten::{name}" for name in ("mkldnn_convolution", "convolution_backward", "mm", "addmm", "bmm")}
 Times = dict[str, list[float]]
 
 
@@ -64,6 +66,18 @@ def flops_of(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def kernel_share(run: Callable[[], object]) -> float:
+    """Share of the time of run() that goes into convolutions and matrix products, by torch's profiler.
+
+    Our network and the peer's leave these to the same libraries, so what remains is all that code can gain.
+    """
+    run()  # warms up
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    seconds = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    return sum(s for key, s in seconds.items() if key in KERNELS) / sum(seconds.values())
+
+
 @torch.no_grad()
 def kernel_rates() -> dict[str, float]:
     """FLOP/s of the fastest kernel in each precision: the best of products and 3x3 convolutions of several sizes."""
@@ -87,8 +101,8 @@ def row(benchmark: str, work: str, peer: str, ours: list[float], theirs: list[fl
         **more) -> dict:
     """A line of the table from values per round, less being better. gain: median over rounds of theirs / ours.
 
-    more: precision ("fp32" if absent), flops (of one run of ours), step_s (seconds of a training step), images (per
-    run, for images/s), base, batch.
+    more: precision ("fp32" if absent), flops (of one run of ours), kernels (see kernel_share), step_s (seconds of a
+    training step), images (per run, for images/s), base, batch.
     """
     gains = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     return {"benchmark": benchmark, "work": work, "peer": peer, "unit": unit, "ours": statistics.median(ours),
@@ -158,6 +172,7 @@ def training(quick: bool) -> list[dict]:
             fp32 = statistics.median(times["diffusers", "fp32"])
             rows += [row("training", f"training step, base {base}, batch {batch}", "diffusers", times["ours", p],
                          times["diffusers", p], precision=p, flops=flops * batch, base=base, batch=batch,
+                         kernels=kernel_share(pairs["ours", p]),
                          of_fp32_peer=statistics.median(times["ours", p]) / fp32) for p in PRECISIONS]
     return rows
 
@@ -185,7 +200,8 @@ def sampling(quick: bool) -> list[dict]:
         with torch.no_grad():
             flops = n * flops_of(lambda model=model, x=x_T[:1]: model(x, torch.zeros(1, dtype=torch.int64)))
         rows += [row("sampling", f"DDIM, NFE {nfe}, base {base}, {n} images", "diffusers", times["ours", p],
-                     times["diffusers", p], "images/s", precision=p, flops=flops * nfe, images=n, base=base)
+                     times["diffusers", p], "images/s", precision=p, flops=flops * nfe, images=n, base=base,
+                     kernels=kernel_share(partial(sample_images, model, diffusion, n, "ddim", 2, 0, p)))
                  for p in PRECISIONS]
     return rows
 
@@ -348,22 +364,27 @@ def finish(rows: list[dict], rates: dict[str, float]) -> None:
 
 
 def goals(rows: list[dict]) -> list[dict]:
-    """Each goal that these rows can answer, with its value and whether it is met."""
+    """Each goal that these rows can answer, with its value and whether it is met.
+
+    best: what the value would be if all but convolutions and matrix products took us no time, where that was measured.
+    """
     found = []
 
-    def goal(text: str, value: float, met: bool) -> None:
-        found.append({"goal": text, "value": value, "met": met})
+    def goal(text: str, value: float, met: bool, best: float | None = None) -> None:
+        found.append({"goal": text, "value": value, "met": met, "best": best})
 
     for r in rows:
         kind, base, p = r["benchmark"], f"base {r.get('base')}", r.get("precision", "fp32")
         if kind == "training" and r["batch"] == 4:
             part = 1 / r["gain"]
-            goal(f"training step, {base}, batch 4, {p}: at most 0.80 of diffusers' time", part, part <= 0.80)
+            goal(f"training step, {base}, batch 4, {p}: at most 0.80 of diffusers' time", part, part <= 0.80,
+                 part * r["kernels"])
             if r["base"] == 64 and p == "bf16":
                 goal(f"training step, {base}, batch 4, bf16: at most 0.60 of diffusers' time in fp32",
-                     r["of_fp32_peer"], r["of_fp32_peer"] <= 0.60)
+                     r["of_fp32_peer"], r["of_fp32_peer"] <= 0.60, r["of_fp32_peer"] * r["kernels"])
         elif kind == "sampling":
-            goal(f"{r['work']}, {p}: at least 1.3 times diffusers' images/s", r["gain"], r["gain"] >= 1.3)
+            goal(f"{r['work']}, {p}: at least 1.3 times diffusers' images/s", r["gain"], r["gain"] >= 1.3,
+                 r["gain"] / r["kernels"])
         elif kind == "distance" and r["peer"] == "pytorch-fid":
             goal(f"distance, n = {r['n']}: at least 10 times as fast as pytorch-fid", r["gain"], r["gain"] >= 10)
         elif kind == "curvature" and "both traces" in r["work"]:
@@ -424,9 +445,11 @@ def markdown(result: dict) -> str:
         lines += ["| {base} | {0:,}, {1:,} | {2:,}, {3:,} | {max_output_difference:.1e} (their sd: {output_std:.2g}) |"
                   .format(*c["parameters"], *c["flops_per_image"], **c) for c in result["equal_networks"]]
     if result["goals"]:
-        lines += ["", "| goal | measured | |", "|---|---|---|"]
-        lines += [f"| {g['goal']} | {g['value']:.2f} | {'met' if g['met'] else '**not met**'} |"
-                  for g in result["goals"]]
+        lines += ["", "At best: what we would reach if everything but convolutions and matrix products took no time. "
+                  "These run in the same libraries on both sides; their share is torch's profiler's.", "",
+                  "| goal | measured | | at best |", "|---|---|---|---|"]
+        lines += [f"| {g['goal']} | {g['value']:.2f} | {'met' if g['met'] else '**not met**'} | "
+                  f"{'' if g['best'] is None else format(g['best'], '.2f')} |" for g in result["goals"]]
     return "\n".join(lines) + "\n"
 
 

@@ -63,14 +63,21 @@ def test_gain_is_the_median_over_rounds():
 
 
 def test_goals_are_read_off_the_rows():
-    step = run.row("training", "step", "diffusers", [1.0], [2.0], flops=10, base=64, batch=4)
-    samples = run.row("sampling", "samples", "diffusers", [4.0], [5.0], "images/s", flops=10, images=20, base=32)
+    step = run.row("training", "step", "diffusers", [1.0], [2.0], flops=10, base=64, batch=4,
+                   kernels=0.5)
+    samples = run.row("sampling", "samples", "diffusers", [4.0], [5.0], "images/s", flops=10, images=20, base=32,
+                      kernels=0.5)
     probes = run.row("curvature", "16 probes, both traces", "PyHessian", [31.0], [60.0], step_s=1.0, base=32)
     rows = [step, samples, probes]
     run.finish(rows, {"fp32": 20.0})
     assert (samples["ours"], samples["theirs"]) == (5.0, 4.0) and step["over_floor"] == 2.0
-    found = [(goal["value"], goal["met"]) for goal in run.goals(rows)]
-    assert found == [(0.5, True), (1.25, False), (31.0, False)]
+    found = [(goal["value"], goal["met"], goal["best"]) for goal in run.goals(rows)]
+    assert found == [(0.5, True, 0.25), (1.25, False, 2.5), (31.0, False, None)]
+
+
+def test_the_share_of_kernels_is_that_of_products_and_convolutions():
+    a, b = torch.randn(2, 512, 512).unbind()
+    assert run.kernel_share(lambda: a @ b) > 0.9 and run.kernel_share(lambda: a.sin()) == 0
 
 
 @pytest.mark.long
@@ -86,6 +93,7 @@ def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch, precisions)
         (name, p) for name in ("training", "sampling") for p in precisions]
     for row in result["rows"]:
         assert row.keys() >= COLUMNS and row["ours"] > 0 and row["floor_s"] > 0
+        assert 0 < row["kernels"] < 1
     table = (tmp_path / "results.md").read_text()
     assert table == capsys.readouterr().out.removesuffix("\n")
     lines = [line for line in table.splitlines() if line.startswith("|")]
