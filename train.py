@@ -3,7 +3,7 @@
     python train.py --exp smoke                                        one to two minutes, no data, no network
     python train.py --exp E8c --data-root DIR                          the real thing, into runs/E8c/seed1077
     python train.py --exp E8c --set loss.gamma=3 --seed 1 --out runs_gamma3
-    python train.py --exp E8c --profile cpu                            evaluated at a size for two CPU cores
+    python train.py --exp E8c --profile study                          measured at a size for CPUs, with Lite0 features
     python train.py --exp E8c --resume                                 start it, or continue from its last checkpoint
 """
 

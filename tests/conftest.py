@@ -71,6 +71,14 @@ def few_images():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fp32():
+    """In this process the CPU has no bf16, so that a machine that has it computes the same; tests of bf16 patch this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cpu.get_capabilities", dict)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Sums are then those of the processes that tests start, and a busy machine does not slow the tests down."""

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from config import load_config
+
 LEAVES = {"rng", "errors", "data", "model", "diffusion", "weighting", "curvature", "taylor", "inception", "fid",
           "checkpoint", "parallel"}
 # What a module may import besides rng and errors. config reads the names in the tables of leaves.
@@ -59,3 +61,12 @@ def test_every_relative_link_of_the_pages_leads_somewhere():
             if not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+def test_every_experiment_and_profile_of_a_command_exists():
+    sources = [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "experiments.toml", *ROOT.glob("docs/*.md")]
+    named = {found for path in sources
+             for found in re.findall(r"train\.py --exp (E\w+|smoke)(?:.* --profile (\w+))?", path.read_text())}
+    assert named >= {("smoke", ""), ("E8c", "study")}
+    for exp, profile in named:
+        load_config(exp, profile=profile or None)

@@ -26,9 +26,11 @@ EVERYTHING = ["model.dropout=0", "model.attn_resolutions=[16]", "train.total_ste
 
 TINY = """
 import data
+import torch
 from conftest import tiny_network
 data.SHAPES_TRAIN = data.SHAPES_TEST = 150
 train.feature_network = tiny_network
+torch.cpu.get_capabilities = dict  # no bf16, on any machine
 """
 
 
