@@ -73,7 +73,7 @@ def few_images():
 
 @pytest.fixture(scope="session", autouse=True)
 def fp32():
-    """In this process the CPU has no bf16, so that a machine that has it computes the same; tests of bf16 patch this."""
+    """In this process no CPU has bf16, so that machines with it compute the same; tests of bf16 patch this again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cpu.get_capabilities", dict)
         yield

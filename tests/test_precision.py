@@ -14,7 +14,7 @@ import precision
 
 
 def line(change, stderr=3.0):
-    return {"exp": "E1", "seed": 5, "step": 100, "sampler": "ddpm", "nfe": 50, "n": 2000, "pixel_rms": 0.5,
+    return {"exp": "E1", "seed": 5, "step": 100, "sampler": "ddpm", "nfe": 50, "n": 2000,
             "metric": "fd", "fp32": 500.0, "fp32_stderr": stderr, "change": change, "change_stderr": 0.1}
 
 
@@ -43,11 +43,8 @@ def test_samples_differ_by_the_precision_alone(run_train, tmp_path, capsys, monk
     lines = read_jsonl(tmp_path / "precision.jsonl")
     assert [(r["sampler"], r["metric"]) for r in lines] == [
         (sampler, metric) for sampler in ("ddpm", "ddim") for metric in ("val/fd_lite0", "val/kid_lite0")]
-    results = {r["sampler"]: r for r in Run(run).results("final")}
     for r in lines:
-        assert 0 < r["pixel_rms"] < 3 and r["change"] != 0 < r["change_stderr"] < r["fp32_stderr"]
-        if r["nfe"] == results.get(r["sampler"], {}).get("nfe"):
-            assert r["fp32"] == results[r["sampler"]][r["metric"]]
+        assert r["change"] != 0 < r["change_stderr"] < r["fp32_stderr"]
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with pytest.raises(precision.UserError, match="bf16"):
         precision.main(args)
