@@ -115,7 +115,7 @@ def run_child(request: dict) -> None:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
-    import torch._dynamo  # noqa: F401  what the first optimiser of a process would import
+    import torch._dynamo  # what the first optimiser of a process would import
 
     import evaluate  # noqa: F401
     import fid  # noqa: F401
@@ -124,6 +124,7 @@ def serve() -> None:
     import sample  # noqa: F401
     import train  # noqa: F401
 
+    torch.cpu.get_capabilities = dict  # no bf16, as in conftest.py
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
