@@ -13,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
 import precision
 
 
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
 def line(change, stderr=3.0):
     return {"exp": "E1", "seed": 5, "step": 100, "sampler": "ddpm", "nfe": 50, "n": 2000,
             "metric": "fd", "fp32": 500.0, "fp32_stderr": stderr, "change": change, "change_stderr": 0.1}
@@ -27,8 +31,7 @@ def test_training_is_compared_at_equal_steps(run_train):
     runs = [run_train("E5", out=name) for name in ("a", "b")]
     for run, values in zip(runs, ({100: 1.0, 200: 2.0, 2100: 1.0}, {100: 1.1, 200: 2.2, 300: 9.0, 2100: 9.0}),
                            strict=True):
-        (run / "loss.jsonl").write_text("".join(json.dumps({"step": step, "train/eps_mse_mean": value}) + "\n"
-                                                for step, value in values.items()))
+        write_jsonl(run / "loss.jsonl", [{"step": step, "train/eps_mse_mean": value} for step, value in values.items()])
     assert precision.training({"name": tuple(map(Run, runs))}).endswith("| name | 2 | +9.53 % | 0.00 % |")
 
 
@@ -45,6 +48,14 @@ def test_samples_differ_by_the_precision_alone(run_train, tmp_path, capsys, monk
         (sampler, metric) for sampler in ("ddpm", "ddim") for metric in ("val/fd_lite0", "val/kid_lite0")]
     for r in lines:
         assert r["change"] != 0 < r["change_stderr"] < r["fp32_stderr"]
+
+    (line,) = [r for r in Run(run).log("results") if (r["step"], r["kind"]) == (12, "final")]  # fp32, DDIM
+    write_jsonl(run / "results.jsonl", [line, line | {"precision": "bf16", "val/fd_lite0": line["val/fd_lite0"] + 2}])
+    (tmp_path / "precision.jsonl").unlink()
+    assert precision.main(args) == 0
+    logged = next(r for r in read_jsonl(tmp_path / "precision.jsonl") if r["sampler"] == line["sampler"])
+    assert (logged["fp32"], logged["change"]) == (line["val/fd_lite0"], pytest.approx(2)), "what the run has is used"
+
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with pytest.raises(precision.UserError, match="bf16"):
         precision.main(args)

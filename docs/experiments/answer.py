@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -221,8 +222,9 @@ def answer(arms: Arms) -> Figure:
         ax = fig.add_subplot(grid[i // 2, :] if wide else grid[i // 2, i % 2])
         panel(ax, arms)
         ax.set_title(f"({'abcde'[i]}) {ax.get_title()}")
-    fig.supxlabel(f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean "
-                  "over seeds. Grey: +-7 %, the registered limits.", x=0.01, ha="left", fontsize=8)
+    caption = (f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean over seeds. "
+               "Grey: +-7 %, the registered limits.")
+    fig.supxlabel(fill(caption, 160), x=0.01, ha="left", fontsize=8)
     return fig
 
 

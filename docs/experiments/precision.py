@@ -29,7 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = 2000
 
 
-def draw(run_dir: Path, step: int | None, n: int, data_root: str, stats_root: str, log: Path) -> None:
+def draw(run_dir: Path, step: int | None, n: int, ddim_nfe: int | None, data_root: str, stats_root: str,
+         log: Path) -> None:
     """Append to log, for each sampler and metric, the distance in fp32 and how bf16 changes it. Raises UserError."""
     config, step, _, ema, _ = loaded = load_run(run_dir, "cpu", step)
     if config.eval.features == "none" or parallel.precision(True, torch.device("cpu")) != "bf16":
@@ -37,7 +38,7 @@ def draw(run_dir: Path, step: int | None, n: int, data_root: str, stats_root: st
     train, test = (load_images(config.data.name, data_root, split) for split in (True, False))
     network = feature_network(config.eval.features, default("eval.inception_weights"), "cpu")
     distances = Distances(network, config.data.name, train, test, stats_root)
-    for sampler, nfe in {"ddpm": config.eval.nfe, "ddim": config.grid.nfe}.items():
+    for sampler, nfe in {"ddpm": config.eval.nfe, "ddim": ddim_nfe or config.grid.nfe}.items():
         point = {"step": step, "sampler": sampler, "nfe": nfe, "n": n, "features": network.name}
 
         def estimates(precision: str, point=point) -> dict[str, Estimate]:
@@ -99,13 +100,15 @@ def main(argv: list[str] | None = None) -> int:
                                      usage=argparse.SUPPRESS)
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--ddim-nfe", type=int, help="that of the run's grids by default; of DDPM its milestones'")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", default=default("eval.stats_root"), help="folder of reference statistics")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the log and the page")
     args = parser.parse_args(argv)
     if args.run_dir:
-        draw(args.run_dir, args.step, args.n, args.data_root, args.stats_root, args.out / "precision.jsonl")
+        draw(args.run_dir, args.step, args.n, args.ddim_nfe, args.data_root, args.stats_root,
+             args.out / "precision.jsonl")
     else:
         replace_file(args.out / "precision.md", page(args.out).encode())
     return 0
