@@ -49,12 +49,13 @@ def test_samples_differ_by_the_precision_alone(run_train, tmp_path, capsys, monk
     for r in lines:
         assert r["change"] != 0 < r["change_stderr"] < r["fp32_stderr"]
 
-    (line,) = [r for r in Run(run).log("results") if (r["step"], r["kind"]) == (12, "final")]  # fp32, DDIM
-    write_jsonl(run / "results.jsonl", [line, line | {"precision": "bf16", "val/fd_lite0": line["val/fd_lite0"] + 2}])
+    (final,) = [r for r in Run(run).log("results") if (r["step"], r["kind"]) == (12, "final")]  # fp32, DDIM
+    bf16 = final | {"precision": "bf16", "val/fd_lite0": final["val/fd_lite0"] + 2}
+    write_jsonl(run / "results.jsonl", [final, bf16])
     (tmp_path / "precision.jsonl").unlink()
     assert precision.main(args) == 0
-    logged = next(r for r in read_jsonl(tmp_path / "precision.jsonl") if r["sampler"] == line["sampler"])
-    assert (logged["fp32"], logged["change"]) == (line["val/fd_lite0"], pytest.approx(2)), "what the run has is used"
+    logged = next(r for r in read_jsonl(tmp_path / "precision.jsonl") if r["sampler"] == final["sampler"])
+    assert (logged["fp32"], logged["change"]) == (final["val/fd_lite0"], pytest.approx(2)), "what the run has is used"
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with pytest.raises(precision.UserError, match="bf16"):

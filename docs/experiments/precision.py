@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
@@ -76,10 +77,10 @@ def training(pairs: dict[str, tuple[Run, Run]]) -> str:
     rows = []
     for name, runs in pairs.items():
         a, b = ({r["step"]: r["train/eps_mse_mean"] for r in run.log("loss") if r["step"] <= STEPS} for run in runs)
-        change = torch.tensor([math.log(b[step] / a[step]) for step in sorted(a.keys() & b.keys())]).double()
-        if not len(change):
-            raise UserError(f"{runs[0].path} and {runs[1].path} share no log line up to step {STEPS}")
-        rows.append([name, str(len(change)), f"{100 * change.mean():+.2f} %", f"{100 * change.std():.2f} %"])
+        change = [100 * math.log(b[step] / a[step]) for step in sorted(a.keys() & b.keys())]
+        if len(change) < 2:
+            raise UserError(f"{runs[0].path} and {runs[1].path} share no two log lines up to step {STEPS}")
+        rows.append([name, str(len(change)), f"{fmean(change):+.2f} %", f"{stdev(change):.2f} %"])
     return table(["training eps-MSE", "lines of 100 steps", "mean change", "sd of a line's change"], rows)
 
 
