@@ -21,6 +21,8 @@ def runs(tmp_path):
     for seed, ratio in ((1077, 1.10), (1078, 1.21)):
         make_run(tmp_path, "E1", seed)
         make_run(tmp_path, "E2", seed, fd=100 * ratio)
+        write_training(tmp_path, "E1", seed, (0.1, 0.3))
+        write_training(tmp_path, "E2", seed, (0.15, 0.25))
     make_run(tmp_path, "E1", 1079)
     return tmp_path
 
@@ -40,6 +42,15 @@ def table(text):
     return {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)}
 
 
+def write_training(runs, exp, seed, norms):
+    """Log lines at these gradient norms up to STEP, after two of the first fifth that are to be left out."""
+    steps = [1, STEP // 5, *range(STEP // 5 + 1, STEP), STEP, STEP + 1]
+    lines = [{"step": s, "train/grad_global_L2": norms[i % 2] if STEP // 5 < s <= STEP else 900.0,
+              "train/eps_mse_mean": 0.2 + 0.1 * (i % 2), "train/loss_mean": 0.1 + 0.05 * (i % 2)}
+             for i, s in enumerate(steps)]
+    (runs / exp / f"seed{seed}" / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_numbers_of_the_table(runs, tmp_path, capsys):
     add_swap(runs, 1077, ["E1", "E2"], [0, 20, -10, 4])
     add_swap(runs, 1078, ["E1", "E2"], [0, 20, -10, 4])
@@ -56,6 +67,9 @@ def test_numbers_of_the_table(runs, tmp_path, capsys):
     assert found[name][:2] == ["not told apart", f"+15.4 % ({low:+.1f} to {high:+.1f})"]
     assert found["Held-out eps-MSE at t = 500"][1] == "+0.0 % (+0.0 to +0.0)"
     assert found["Held-out eps-MSE at t = 0"][1].startswith("+15.4 %")
+    assert found["Gradient norm, mean"][1] == "+0.0 % (+0.0 to +0.0)"
+    assert found["Gradient norm, sd / mean"][:2] == ["lower", "-50.0 % (-50.0 to -50.0)"]  # 0.05 / 0.2, 0.1 / 0.2
+    assert f"after step {STEP // 5}, 2 seeds" in found["Training eps-MSE, sd / mean"][2]
     assert found["Fréchet distance of Min-SNR above t = 130"][:2] == ["lower", "-5.0 % (-5.0 to -5.0)"]
     assert found["Fréchet distance of Min-SNR below t = 130"][:2] == ["higher", "+10.0 % (+10.0 to +10.0)"]
     assert found["Fréchet distance of Min-SNR at all t"][1].startswith("+2.0 %")

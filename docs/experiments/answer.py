@@ -34,6 +34,18 @@ SPREAD = "samples/channel_mean_sd", "samples/neighbour_rms"
 AT = (0, 10, 50, 130, 200, 500, 999)  # timesteps of the table
 
 
+def variation(values: list[float]) -> float:
+    return np.std(values, ddof=1) / np.mean(values)
+
+
+STEADINESS = {  # of training: row of the table -> key of loss.jsonl, and what of its lines
+    "Gradient norm, mean": ("train/grad_global_L2", np.mean),
+    "Gradient norm, sd / mean": ("train/grad_global_L2", variation),
+    "Training eps-MSE, mean": ("train/eps_mse_mean", np.mean),
+    "Training eps-MSE, sd / mean": ("train/eps_mse_mean", variation),
+    "Loss that is minimised, sd / mean": ("train/loss_mean", variation)}
+
+
 class Arms(NamedTuple):
     """Pairs (baseline, arm) by seed, the step at which all is read, and the folder of the runs."""
     pairs: list[tuple[Run, Run]]
@@ -64,6 +76,11 @@ def distance(run: Run, step: int) -> dict:
     lines = [r for kind in ("milestone", "final") for r in run.results(kind)
              if r["step"] == step and r["sampler"] == run.config.eval.sampler]
     return lines[-1]
+
+
+def training(run: Run, step: int, key: str) -> list[float]:
+    """What is logged as `key` up to a step, without the first fifth of the steps."""
+    return [r[key] for r in run.log("loss") if step / 5 < r["step"] <= step]
 
 
 def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
@@ -243,6 +260,9 @@ def rows(arms: Arms) -> list[list[str]]:
         r = ratios(lambda run, key=key: distance(run, step)[key])
         found.append([f"{name} of samples (lower is better)", direction(r), percent(r),
                       f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, {seeds_of(r)}"])
+    for name, (key, statistic) in STEADINESS.items():
+        r = ratios(lambda run, key=key, statistic=statistic: statistic(training(run, step, key)))
+        found.append([name, direction(r), percent(r), f"log lines after step {step // 5:,}, {seeds_of(r)}"])
     for t in sorted(profile(pairs[0][0], step).keys() & set(AT)):
         r = ratios(lambda run, t=t: profile(run, step)[t])
         found.append([f"Held-out eps-MSE at t = {t}", direction(r), percent(r), f"EMA weights, {seeds_of(r)}"])
