@@ -64,18 +64,19 @@ def test_numbers_of_the_table(runs, tmp_path, capsys):
     # the mean of ln 1.10 and ln 1.21 is 1.5 ln 1.10; half a 95 % interval of two seeds is 12.706 / 2 of their distance
     high, low = (100 * (1.1 ** (1.5 + sign * 12.7062 / 2) - 1) for sign in (1, -1))
     name = "Fréchet distance of samples (lower is better)"
-    assert found[name][:2] == ["not told apart", f"+15.4 % ({low:+.1f} to {high:+.1f})"]
-    assert found["Held-out eps-MSE at t = 500"][1] == "+0.0 % (+0.0 to +0.0)"
-    assert found["Held-out eps-MSE at t = 0"][1].startswith("+15.4 %")
-    assert found["Gradient norm, mean"][1] == "+0.0 % (+0.0 to +0.0)"
-    assert found["Gradient norm, sd / mean"][:2] == ["lower", "-50.0 % (-50.0 to -50.0)"]  # 0.05 / 0.2, 0.1 / 0.2
-    assert f"after step {STEP // 5}, 2 seeds" in found["Training eps-MSE, sd / mean"][2]
-    assert found["Fréchet distance of Min-SNR above t = 130"][:2] == ["lower", "-5.0 % (-5.0 to -5.0)"]
-    assert found["Fréchet distance of Min-SNR below t = 130"][:2] == ["higher", "+10.0 % (+10.0 to +10.0)"]
-    assert found["Fréchet distance of Min-SNR at all t"][1].startswith("+2.0 %")
+    assert found[name][:4] == ["300", "346.5", f"+15.4 % ({low:+.1f} to {high:+.1f})", "not told apart"]
+    assert found["Held-out eps-MSE at t = 500"][2] == "+0.0 % (+0.0 to +0.0)"
+    assert found["Held-out eps-MSE at t = 0"][2].startswith("+15.4 %")
+    assert found["Gradient norm, mean"][:4] == ["0.2", "0.2", "+0.0 % (+0.0 to +0.0)", "not told apart"]
+    assert found["Gradient norm, largest"][:3] == ["0.3", "0.25", "-16.7 % (-16.7 to -16.7)"]
+    assert found["Gradient norm, sd / mean"][2:4] == ["-50.0 % (-50.0 to -50.0)", "lower"]  # 0.05 / 0.2, 0.1 / 0.2
+    assert f"after step {STEP // 5}" in found["Training eps-MSE, sd / mean"][4]
+    assert found["Fréchet distance of Min-SNR above t = 130"][2:4] == ["-5.0 % (-5.0 to -5.0)", "lower"]
+    assert found["Fréchet distance of Min-SNR below t = 130"][2:4] == ["+10.0 % (+10.0 to +10.0)", "higher"]
+    assert found["Fréchet distance of Min-SNR at all t"][2].startswith("+2.0 %")
     # both combinations (194 and 192) against both networks alone (200 and 250)
-    assert found["Fréchet distance of two seeds of the baseline"][:2] == ["lower at this seed", "-14.2 %"]
-    assert found["Fréchet distance of baseline, twice the steps"][1] == "-25.0 %"
+    assert found["Fréchet distance of two seeds of the baseline"][2:] == ["-14.2 %", "lower at this seed", "seed 1077"]
+    assert found["Fréchet distance of baseline, twice the steps"][2] == "-25.0 %"
 
 
 def test_what_is_not_measured_is_left_out(runs, tmp_path, capsys):

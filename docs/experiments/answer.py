@@ -40,6 +40,7 @@ def variation(values: list[float]) -> float:
 
 STEADINESS = {  # of training: row of the table -> key of loss.jsonl, and what of its lines
     "Gradient norm, mean": ("train/grad_global_L2", np.mean),
+    "Gradient norm, largest": ("train/grad_global_L2", max),
     "Gradient norm, sd / mean": ("train/grad_global_L2", variation),
     "Training eps-MSE, mean": ("train/eps_mse_mean", np.mean),
     "Training eps-MSE, sd / mean": ("train/eps_mse_mean", variation),
@@ -79,7 +80,7 @@ def distance(run: Run, step: int) -> dict:
 
 
 def training(run: Run, step: int, key: str) -> list[float]:
-    """What is logged as `key` up to a step, without the first fifth of the steps."""
+    """What the lines of loss.jsonl hold as `key` up to a step, without the first fifth of the steps."""
     return [r[key] for r in run.log("loss") if step / 5 < r["step"] <= step]
 
 
@@ -131,10 +132,6 @@ def direction(ratios: list[float]) -> str:
         return f"{'higher' if ratios[0] > 1 else 'lower'} at this seed"
     _, low, high = change(ratios)
     return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-
-
-def seeds_of(ratios: list[float]) -> str:
-    return f"{len(ratios)} seed{'s' * (len(ratios) > 1)}"
 
 
 # ---- panels ----
@@ -248,38 +245,38 @@ def answer(arms: Arms) -> Figure:
 # ---- the table ----
 
 def rows(arms: Arms) -> list[list[str]]:
-    """What, in which direction it differs, by how much, and how it was measured."""
-    pairs, step = arms.pairs, arms.step
+    """What was measured, its mean over seeds in both arms, the change, its direction, and how it was measured."""
+    pairs, step, found = arms.pairs, arms.step, []
 
-    def ratios(value: Callable[[Run], float]) -> list[float]:
-        return [value(arm) / value(base) for base, arm in pairs]
+    def add(name: str, value: Callable[[Run], float], how: str) -> None:
+        one, two = (np.array([value(run) for run in arm]) for arm in zip(*pairs, strict=True))
+        add_ratios(name, list(two / one), how, f"{one.mean():.4g}", f"{two.mean():.4g}")
 
-    line, found = distance(pairs[0][0], step), []
+    def add_ratios(name: str, ratios: list[float], how: str, vanilla: str = "", arm: str = "") -> None:
+        found.append([name, vanilla, arm, percent(ratios), direction(ratios), how])
+
+    line = distance(pairs[0][0], step)
     for name, metric in (("Fréchet distance", "fd"), ("KID", "kid")):
         key = metric_name(metric, line["features"])
-        r = ratios(lambda run, key=key: distance(run, step)[key])
-        found.append([f"{name} of samples (lower is better)", direction(r), percent(r),
-                      f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, {seeds_of(r)}"])
+        add(f"{name} of samples (lower is better)", lambda run, key=key: distance(run, step)[key],
+            f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}")
     for name, (key, statistic) in STEADINESS.items():
-        r = ratios(lambda run, key=key, statistic=statistic: statistic(training(run, step, key)))
-        found.append([name, direction(r), percent(r), f"log lines after step {step // 5:,}, {seeds_of(r)}"])
+        add(name, lambda run, key=key, statistic=statistic: statistic(training(run, step, key)),
+            f"log lines after step {step // 5:,}")
     for t in sorted(profile(pairs[0][0], step).keys() & set(AT)):
-        r = ratios(lambda run, t=t: profile(run, step)[t])
-        found.append([f"Held-out eps-MSE at t = {t}", direction(r), percent(r), f"EMA weights, {seeds_of(r)}"])
+        add(f"Held-out eps-MSE at t = {t}", lambda run, t=t: profile(run, step)[t], "EMA weights")
     probes = {traces(run, step).get("num_probes") for pair in pairs for run in pair}
     for of, key in (("the unweighted loss", "hutch_trace_unweighted_mean"), ("the arm's own loss", "hutch_trace_mean")):
         if len(probes) == 1 and None not in probes:
-            r = ratios(lambda run, key=key: traces(run, step)[f"curvature/{key}"])
-            found.append([f"Hessian trace of {of}", direction(r), percent(r), f"{min(probes)} probes, {seeds_of(r)}"])
+            add(f"Hessian trace of {of}", lambda run, key=key: traces(run, step)[f"curvature/{key}"],
+                f"{min(probes)} probes")
     for name, seeds in swaps(arms).items():
-        r = list(seeds.values())
-        found.append([f"Fréchet distance of {name}", direction(r), percent(r), seeds_of(r)])
+        add_ratios(f"Fréchet distance of {name}", list(seeds.values()), f"seed{'s' * (len(seeds) > 1)} "
+                   + ", ".join(map(str, seeds)))
     for key, name in zip(SPREAD, ("Spread of mean colours", "Texture"), strict=True):
         if all(key in distance(run, step) for pair in pairs for run in pair):
-            r = ratios(lambda run, key=key: distance(run, step)[key])
-            one, two = (np.mean([distance(run, step)[key] for run in arm]) for arm in zip(*pairs, strict=True))
-            found.append([name, direction(r), percent(r), f"levels of 255: vanilla {one:.1f}, Min-SNR {two:.1f}, "
-                          f"training images {line[f'{key}_train']:.1f}"])
+            add(name, lambda run, key=key: distance(run, step)[key],
+                f"levels of 255, training images {line[f'{key}_train']:.1f}")
     return found
 
 
@@ -308,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     print(*save(answer(arms), out, "answer"))
     text = (f"{description(arms)}\nA change is the mean over seeds of the logarithm of the ratio, in percent, with its "
             "95 % t-interval.\n\n"
-            + table(["measure", "Min-SNR is", "change", "measured with"], rows(arms)) + "\n")
+            + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
     if more := colours(args.runs):
         text += f"\n{more}"
     replace_file(out / "answer.md", text.encode())
