@@ -261,7 +261,8 @@ def load_run(run_dir: Path, device, step: int | None = None) -> Loaded:
 
 def influence_path(run_dir: Path, r: dict) -> Path:
     """The influences of the samples of a results line, kept for paired comparisons."""
-    return run_dir / "influence" / f"step_{r['step']:06d}_{r['sampler']}{r['nfe']}_{r['features']}_n{r['n']}.npz"
+    how = f"{r['sampler']}{r['nfe']}_{r['features']}_n{r['n']}" + "_bf16" * (r["precision"] == "bf16")
+    return run_dir / "influence" / f"step_{r['step']:06d}_{how}.npz"
 
 
 def save_influence(run_dir: Path, record: dict, estimates: dict[str, Estimate]) -> None:

@@ -12,8 +12,9 @@ import train
 from checkpoint import load_file, save_checkpoint
 from config import load_config
 from errors import UserError
-from fid import Estimate
-from runs import Run, append_jsonl, find_runs, load_run, paired_differences, read_jsonl, save_influence
+from fid import Estimate, load_npz
+from runs import (Run, append_jsonl, find_runs, influence_path, load_run, paired_differences, read_jsonl,
+                  save_influence)
 
 
 def test_a_log_survives_a_crash_at_any_byte(tmp_path):
@@ -206,6 +207,17 @@ def test_paired_differences_against_their_formula(tmp_path):
         n = d["n"]  # the variance of 0, 1, ... n - 1 is n (n + 1) / 12
         assert d[f"{name}_stderr"] == pytest.approx(slope * ((n + 1) / 12)**0.5)
     assert paired_differences(a, measured(tmp_path / "c", 1)) == []
+
+
+def test_a_point_in_two_precisions_keeps_the_influences_of_both(tmp_path):
+    run_dir = measured(tmp_path / "a", 1, (2, "frontier", 4, 5.0, 1.0))
+    (fp32,) = Run(run_dir).results("frontier")
+    bf16 = fp32 | {"precision": "bf16", "val/fid": 9.0}
+    append_jsonl(run_dir / "results.jsonl", bf16)
+    save_influence(run_dir, bf16, {name: Estimate(9.0, 0.0, np.full(4, 9.0)) for name in ("val/fid", "val/kid")})
+    pairs = paired_differences(run_dir, run_dir)
+    assert [(d["precision"], d["val/fid_baseline"]) for d in pairs] == [("fp32", 5.0), ("bf16", 9.0)]
+    assert load_npz(influence_path(run_dir, fp32))["val/fid"][1] == 5.0
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path):
