@@ -13,8 +13,7 @@ from checkpoint import load_file, save_checkpoint
 from config import load_config
 from errors import UserError
 from fid import Estimate, load_npz
-from runs import (Run, append_jsonl, find_runs, influence_path, load_run, paired_differences, read_jsonl,
-                  save_influence)
+from runs import Run, append_jsonl, find_runs, influence_path, load_run, paired_differences, read_jsonl, save_influence
 
 
 def test_a_log_survives_a_crash_at_any_byte(tmp_path):
