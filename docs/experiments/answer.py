@@ -237,7 +237,7 @@ def answer(arms: Arms) -> Figure:
         panel(ax, arms)
         ax.set_title(f"({'abcde'[i]}) {ax.get_title()}")
     caption = (f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean over seeds. "
-               "Grey: +-7 %, the registered limits.")
+               "Grey: ±7 %, the registered limits.")
     fig.supxlabel(fill(caption, 160), x=0.01, ha="left", fontsize=8)
     return fig
 

@@ -4,7 +4,8 @@
     python docs/experiments/check.py                  only the bands, as results/bands.md
 
 A band is where another seed is expected with 99 % probability: the t prediction interval of the logarithm. It takes
-three seeds. A run is compared with the study's runs of the same training; its seed and number of steps may differ.
+three seeds. A run is compared with the study's runs of the same training; its seed and number of steps may differ, and
+it must be measured with --profile study.
 """
 
 import argparse
@@ -27,6 +28,9 @@ EXPS = load_tables("comparisons")["min_snr"]["runs"]
 SPANS = (500, 1000), (1000, 2000), (4000, 5000), (9000, 10_000), (49_000, 50_000)  # steps, of the training error
 STEPS = 10_000, 50_000                                                             # of what milestones measure
 AT, IMAGES = (0, 10, 50, 130, 200, 500, 999), 512                                  # of the per-t profile
+PREFACE = ("What the study's runs have measured, and the band in which one more seed is expected with 99 % probability.\n"
+           "`python docs/experiments/check.py RUN_DIR` compares a run with it: see\n"
+           "[reproducibility](../../reproducibility.md#is-my-run-right).")
 DISTANCE = {"kind": "milestone", "sampler": "ddpm", "nfe": 50, "n": 2000, "features": "lite0"}
 
 
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of bands.md")
     args = parser.parse_args(argv)
     if args.run_dir is None:
-        replace_file(args.out / "bands.md", (bands(args.runs) + "\n").encode())
+        replace_file(args.out / "bands.md", f"{PREFACE}\n\n{bands(args.runs)}\n".encode())
         print(args.out / "bands.md")
         return 0
     text, outside = check(Run(args.run_dir), args.runs)
