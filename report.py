@@ -194,8 +194,8 @@ def verdict(pairs: list[tuple[Run, Run]], found: dict[str, tuple[list[Point], di
         gain = "" if withheld else "refuted" if d.interval[0] > math.log(limits[0]) else "not refuted"
         rows.append([f"**{withheld or d.word}**", name, f"{len(seeds)}", *(
             [change, f"{low} to {high}", f"{d.p:.2g}", gain] if len(seeds) > 1 else [""] * 4)])
-    note = [safe(f"The distance is {fd} at n = {line['n']:,}. The registered measure is FID at n = 10,000; only "
-                 "val/fid is FID.")] if line and (fd, line["n"]) != ("val/fid", 10_000) else []
+    note = [safe(f"The distance is {fd} at n = {line['n']:,}. The registered measure is val/fd_lite0 at n = 10,000.")
+            ] if line and (fd, line["n"]) != ("val/fd_lite0", 10_000) else []
     return [table(["verdict", "measure", "seeds", "change", "95 % interval", "p", "gain hoped for"], rows), *note, (
         "Lower is better. The change is the mean over seeds of ln(arm / baseline), in percent. p is corrected for two "
         "measures (Holm). Better or worse: the 95 % t-interval excludes 0, p is below 0.05, and the change is beyond "

@@ -67,9 +67,9 @@ def test_numbers_of_the_table(runs, tmp_path, capsys):
     assert found[name][:4] == ["300", "346.5", f"+15.4 % ({low:+.1f} to {high:+.1f})", "not told apart"]
     assert found["Held-out eps-MSE at t = 500"][2] == "+0.0 % (+0.0 to +0.0)"
     assert found["Held-out eps-MSE at t = 0"][2].startswith("+15.4 %")
-    assert found["Gradient norm, mean"][:4] == ["0.2", "0.2", "+0.0 % (+0.0 to +0.0)", "not told apart"]
-    assert found["Gradient norm, largest"][:3] == ["0.3", "0.25", "-16.7 % (-16.7 to -16.7)"]
-    assert found["Gradient norm, sd / mean"][2:4] == ["-50.0 % (-50.0 to -50.0)", "lower"]  # 0.05 / 0.2, 0.1 / 0.2
+    assert found["Gradient norm of the own loss, mean"][:4] == ["0.2", "0.2", "+0.0 % (+0.0 to +0.0)", "not told apart"]
+    assert found["Gradient norm of the own loss, largest"][:3] == ["0.3", "0.25", "-16.7 % (-16.7 to -16.7)"]
+    assert found["Gradient norm of the own loss, sd / mean"][2:4] == ["-50.0 % (-50.0 to -50.0)", "lower"]
     assert f"after step {STEP // 5}" in found["Training eps-MSE, sd / mean"][4]
     assert found["Fréchet distance of Min-SNR above t = 130"][2:4] == ["-5.0 % (-5.0 to -5.0)", "lower"]
     assert found["Fréchet distance of Min-SNR below t = 130"][2:4] == ["+10.0 % (+10.0 to +10.0)", "higher"]

@@ -39,12 +39,12 @@ def variation(values: list[float]) -> float:
 
 
 STEADINESS = {  # of training: row of the table -> key of loss.jsonl, and what of its lines
-    "Gradient norm, mean": ("train/grad_global_L2", np.mean),
-    "Gradient norm, largest": ("train/grad_global_L2", max),
-    "Gradient norm, sd / mean": ("train/grad_global_L2", variation),
+    "Gradient norm of the own loss, mean": ("train/grad_global_L2", np.mean),
+    "Gradient norm of the own loss, largest": ("train/grad_global_L2", max),
+    "Gradient norm of the own loss, sd / mean": ("train/grad_global_L2", variation),
     "Training eps-MSE, mean": ("train/eps_mse_mean", np.mean),
     "Training eps-MSE, sd / mean": ("train/eps_mse_mean", variation),
-    "Loss that is minimised, sd / mean": ("train/loss_mean", variation)}
+    "Own loss, sd / mean": ("train/loss_mean", variation)}
 
 
 class Arms(NamedTuple):
@@ -221,7 +221,7 @@ PANELS: dict[Callable, Callable[[Arms], bool]] = {  # and when it can be drawn
 
 
 def description(arms: Arms) -> str:
-    return (f"Step {arms.step:,}, EMA weights, {EXPS[1]} (Min-SNR, gamma 5) against {EXPS[0]} (vanilla), seed"
+    return (f"Step {arms.step:,}, {EXPS[1]} (Min-SNR, gamma 5) against {EXPS[0]} (vanilla), seed"
             f"{'s' * (len(arms.pairs) > 1)} {', '.join(str(base.seed) for base, _ in arms.pairs)}.")
 
 
@@ -258,18 +258,19 @@ def rows(arms: Arms) -> list[list[str]]:
     line = distance(pairs[0][0], step)
     for name, metric in (("Fréchet distance", "fd"), ("KID", "kid")):
         key = metric_name(metric, line["features"])
+        context = f"test images {line[f'{key}_floor_test']:.4g}, noise {line[f'{key}_ceiling']:.4g}"
         add(f"{name} of samples (lower is better)", lambda run, key=key: distance(run, step)[key],
-            f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}")
+            f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, EMA weights; {context}")
     for name, (key, statistic) in STEADINESS.items():
         add(name, lambda run, key=key, statistic=statistic: statistic(training(run, step, key)),
-            f"log lines after step {step // 5:,}")
+            f"{len(training(pairs[0][0], step, key))} log lines after step {step // 5:,}")
     for t in sorted(profile(pairs[0][0], step).keys() & set(AT)):
         add(f"Held-out eps-MSE at t = {t}", lambda run, t=t: profile(run, step)[t], "EMA weights")
     probes = {traces(run, step).get("num_probes") for pair in pairs for run in pair}
     for of, key in (("the unweighted loss", "hutch_trace_unweighted_mean"), ("the arm's own loss", "hutch_trace_mean")):
         if len(probes) == 1 and None not in probes:
             add(f"Hessian trace of {of}", lambda run, key=key: traces(run, step)[f"curvature/{key}"],
-                f"{min(probes)} probes")
+                f"{min(probes)} probes, raw weights")
     for name, seeds in swaps(arms).items():
         add_ratios(f"Fréchet distance of {name}", list(seeds.values()), f"seed{'s' * (len(seeds) > 1)} "
                    + ", ".join(map(str, seeds)))
@@ -303,8 +304,9 @@ def main(argv: list[str] | None = None) -> int:
     arms = find(args.runs)
     out = args.out or HERE / "results"
     print(*save(answer(arms), out, "answer"))
-    text = (f"{description(arms)}\nA change is the mean over seeds of the logarithm of the ratio, in percent, with its "
-            "95 % t-interval.\n\n"
+    text = (f"{description(arms)}\nvanilla, Min-SNR: means over seeds. change: the ratio of both at each seed, then "
+            "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
+            "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
     if more := colours(args.runs):
         text += f"\n{more}"

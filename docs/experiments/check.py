@@ -28,7 +28,7 @@ EXPS = load_tables("comparisons")["min_snr"]["runs"]
 SPANS = (500, 1000), (1000, 2000), (4000, 5000), (9000, 10_000), (49_000, 50_000)  # steps, of the training error
 STEPS = 10_000, 50_000                                                             # of what milestones measure
 AT, IMAGES = (0, 10, 50, 130, 200, 500, 999), 512                                  # of the per-t profile
-PREFACE = ("What the study's runs have measured, and the band in which one more seed is expected with 99 % probability.\n"
+PREFACE = ("What the study's runs have measured, and where one more seed is expected with 99 % probability (band).\n"
            "`python docs/experiments/check.py RUN_DIR` compares a run with it: see\n"
            "[reproducibility](../../reproducibility.md#is-my-run-right).")
 DISTANCE = {"kind": "milestone", "sampler": "ddpm", "nfe": 50, "n": 2000, "features": "lite0"}

@@ -25,8 +25,8 @@ def generated_block(exp: str) -> str:
             if value != base[key] and key not in ("exp", *OWN)]
     changes = "\n".join([f"| key | {first} | {exp} |", "|---|---|---|", *rows]) if rows else (
         "All keys are as in `[defaults]` of [experiments.toml](../../experiments.toml).")
-    return "\n\n".join([MARKS[0], f"**Question.** {config.question}", changes, f"    python train.py --exp {exp}",
-                        MARKS[1]])
+    return "\n\n".join([MARKS[0], f"**Question.** {config.question}", changes,
+                        f"    python train.py --exp {exp} --profile study", MARKS[1]])
 
 
 def update_page(text: str, exp: str) -> str:
