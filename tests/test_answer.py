@@ -75,8 +75,9 @@ def test_numbers_of_the_table(runs, tmp_path, capsys):
     assert found["Fréchet distance of Min-SNR below t = 130"][2:4] == ["+10.0 % (+10.0 to +10.0)", "higher"]
     assert found["Fréchet distance of Min-SNR at all t"][2].startswith("+2.0 %")
     # both combinations (194 and 192) against both networks alone (200 and 250)
-    assert found["Fréchet distance of two seeds of the baseline"][2:] == ["-14.2 %", "lower at this seed", "seed 1077"]
-    assert found["Fréchet distance of baseline, twice the steps"][2] == "-25.0 %"
+    control = found["Fréchet distance of two vanilla seeds (control)"]
+    assert control[2:] == ["-14.2 %", "lower at this seed", "seed 1077"]
+    assert found["Fréchet distance of vanilla, twice the steps"][2] == "-25.0 %"
 
 
 def test_what_is_not_measured_is_left_out(runs, tmp_path, capsys):

@@ -97,7 +97,7 @@ def swaps(arms: Arms) -> dict[str, dict[int, float]]:
     """
     a, b = EXPS
     names = {(b, b): "Min-SNR at all t", (b, a): "Min-SNR above t = 130", (a, b): "Min-SNR below t = 130"}
-    found = {name: {} for name in (*names.values(), "two seeds of the baseline", "baseline, twice the steps")}
+    found = {name: {} for name in (*names.values(), "two vanilla seeds (control)", "vanilla, twice the steps")}
     for base, _ in arms.pairs:
         s, folder, fd = base.seed, arms.root / "swap", metric_name("fd", base.config.eval.features)
         for path in sorted(folder.glob(f"{a}_{s}_*_step{arms.step}.jsonl")):
@@ -108,10 +108,10 @@ def swaps(arms: Arms) -> dict[str, dict[int, float]]:
                     found[name][s] = values[pair] / own[fd]
             else:
                 mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
-                found["two seeds of the baseline"][s] = sum(mixed) / sum(alone)
+                found["two vanilla seeds (control)"][s] = sum(mixed) / sum(alone)
             longer = folder / f"{a}_{s}_step{2 * arms.step}.jsonl"
             if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
-                found["baseline, twice the steps"][s] = r[fd] / own[fd]
+                found["vanilla, twice the steps"][s] = r[fd] / own[fd]
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
@@ -153,7 +153,7 @@ def panel_swaps(ax, arms: Arms) -> None:
         ratios = list(seeds.values())
         ax.plot([100 * (r - 1) for r in ratios], [y] * len(ratios), "o", alpha=0.7,
                 color="#d55e00" if "Min-SNR" in name else "#000000")
-        if len(ratios) > 1:
+        if len(ratios) > 2:  # of two, the interval is wider than the axis should be
             mean, low, high = change(ratios)
             ax.plot([mean], [y + 0.25], "|", color="#000000", markersize=8)
             ax.plot([low, high], [y + 0.25] * 2, color="#000000", linewidth=1)
@@ -192,7 +192,7 @@ def panel_forest(ax, arms: Arms) -> None:
     ax.axvline(0, color="#000000", linewidth=1)
     ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5),
            xlabel=f"change of the distance (%), {line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}",
-           title="the answer: below 0, Min-SNR is better")
+           title="distance of samples: left of 0, Min-SNR is closer")
 
 
 def panel_slope(ax, arms: Arms) -> None:
@@ -237,7 +237,7 @@ def answer(arms: Arms) -> Figure:
         panel(ax, arms)
         ax.set_title(f"({'abcde'[i]}) {ax.get_title()}")
     caption = (f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean over seeds. "
-               "Grey: ±7 %, the registered limits.")
+               "Grey: ±7 %, the limits registered for 50,000 steps.")
     fig.supxlabel(fill(caption, 160), x=0.01, ha="left", fontsize=8)
     return fig
 
