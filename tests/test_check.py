@@ -17,7 +17,7 @@ import check
 
 def write_logs(path, scale):
     """eps-MSE of 0.04 `scale` to step 2,000; profile and distance at 10,000 in proportion."""
-    logs = {"loss": [{"step": s, "train/eps_mse_mean": 0.04 * scale * (3 if s <= 500 else 1)}
+    logs = {"loss": [{"step": s, "train/eps_mse_mean": 0.04 * scale * (3 if s <= 500 else 1), "train/loss_mean": scale}
                      for s in range(100, 2001, 100)],
             "per_t": [{"step": 10_000, "n": 512, "t": [0, 999], "eps_mse_ema": [0.8 * scale, 0.001 * scale]}],
             "results": [{"step": 10_000, "kind": "milestone", "sampler": "ddpm", "nfe": 50, "n": 2000,
@@ -50,9 +50,10 @@ def test_a_run_inside_and_one_outside(study, tmp_path, capsys):
     assert "outside" not in text and "steps 500 to 1,000 | 0.052" in text and "t = 999" in text
     assert "t = 50" not in text and "steps 4,000" not in text  # not measured
     edit(path / "results.jsonl", lambda r: r | {"val/fd_lite0": 5000.0})
+    edit(path / "loss.jsonl", lambda r: r | {"train/loss_mean": 20.0} if r["step"] <= 1000 else r)
     assert check.main([str(path), "--runs", str(study)]) == 1
-    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if "outside**" in line] == [
-        "| val/fd_lite0"]
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "outside**" in line] == [
+        "| train/loss_mean, mean of steps 500 to 1,000", "| val/fd_lite0, DDPM 50, n = 2,000, step 10,000"]
 
 
 def test_a_run_is_not_compared_with_itself(study):

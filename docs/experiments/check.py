@@ -25,7 +25,7 @@ from runs import Run, find_runs
 
 HERE = Path(__file__).parent
 EXPS = load_tables("comparisons")["min_snr"]["runs"]
-SPANS = (500, 1000), (1000, 2000), (4000, 5000), (9000, 10_000), (49_000, 50_000)  # steps, of the training error
+SPANS = (500, 1000), (1000, 2000), (4000, 5000), (9000, 10_000), (49_000, 50_000)  # steps, of training
 STEPS = 10_000, 50_000                                                             # of what milestones measure
 AT, IMAGES = (0, 10, 50, 130, 200, 500, 999), 512                                  # of the per-t profile
 PREFACE = ("What the study's runs have measured, and where one more seed is expected with 99 % probability (band).\n"
@@ -34,9 +34,9 @@ PREFACE = ("What the study's runs have measured, and where one more seed is expe
 DISTANCE = {"kind": "milestone", "sampler": "ddpm", "nfe": 50, "n": 2000, "features": "lite0"}
 
 
-def training_error(run: Run, a: int, b: int) -> float | None:
+def training(run: Run, key: str, a: int, b: int) -> float | None:
     lines = [r for r in run.log("loss") if a < r["step"] <= b]
-    return float(np.mean([r["train/eps_mse_mean"] for r in lines])) if lines and lines[-1]["step"] == b else None
+    return float(np.mean([r[key] for r in lines])) if lines and lines[-1]["step"] == b else None
 
 
 def held_out(run: Run, step: int, t: int) -> float | None:
@@ -50,8 +50,8 @@ def measured(run: Run, step: int, key: str) -> float | None:
 
 
 MEASURES: dict[str, Callable[[Run], float | None]] = {  # of a run: a number, or None if it has not measured it
-    **{f"train/eps_mse_mean, mean of steps {a:,} to {b:,}": lambda run, a=a, b=b: training_error(run, a, b)
-       for a, b in SPANS},
+    **{f"{key}, mean of steps {a:,} to {b:,}": lambda run, key=key, a=a, b=b: training(run, key, a, b)
+       for key in ("train/eps_mse_mean", "train/loss_mean") for a, b in SPANS},
     **{f"held-out eps-MSE of EMA weights at t = {t}, {IMAGES} images, step {step:,}":
        lambda run, step=step, t=t: held_out(run, step, t) for step in STEPS for t in AT},
     **{f"{key}, DDPM 50, n = 2,000, step {step:,}": lambda run, step=step, key=key: measured(run, step, key)
