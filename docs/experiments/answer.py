@@ -19,8 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from check import AT, EXPS, training
+
 from checkpoint import replace_file
-from config import load_tables
 from errors import UserError, run_script
 from fid import metric_name
 from plots import changes, looks, save
@@ -28,10 +29,8 @@ from report import DISTANCE, decide, table
 from runs import Run, find_runs, read_jsonl
 
 HERE = Path(__file__).parent
-EXPS = load_tables("comparisons")["min_snr"]["runs"]
 MARKS = "<!-- generated: python docs/experiments/answer.py -->", "<!-- end -->"
 SPREAD = "samples/channel_mean_sd", "samples/neighbour_rms"
-AT = (0, 10, 50, 130, 200, 500, 999)  # timesteps of the table
 
 
 def variation(values: list[float]) -> float:
@@ -77,11 +76,6 @@ def distance(run: Run, step: int) -> dict:
     lines = [r for kind in ("milestone", "final") for r in run.results(kind)
              if r["step"] == step and r["sampler"] == run.config.eval.sampler]
     return lines[-1]
-
-
-def training(run: Run, step: int, key: str) -> list[float]:
-    """What the lines of loss.jsonl hold as `key` up to a step, without the first fifth of the steps."""
-    return [r[key] for r in run.log("loss") if step / 5 < r["step"] <= step]
 
 
 def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
@@ -262,8 +256,8 @@ def rows(arms: Arms) -> list[list[str]]:
         add(f"{name} of samples (lower is better)", lambda run, key=key: distance(run, step)[key],
             f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, EMA weights; {context}")
     for name, (key, statistic) in STEADINESS.items():
-        add(name, lambda run, key=key, statistic=statistic: statistic(training(run, step, key)),
-            f"{len(training(pairs[0][0], step, key))} log lines after step {step // 5:,}")
+        add(name, lambda run, key=key, statistic=statistic: statistic(training(run, key, step / 5, step)),
+            f"{len(training(pairs[0][0], key, step / 5, step))} log lines after step {step // 5:,}")
     for t in sorted(profile(pairs[0][0], step).keys() & set(AT)):
         add(f"Held-out eps-MSE at t = {t}", lambda run, t=t: profile(run, step)[t], "EMA weights")
     probes = {traces(run, step).get("num_probes") for pair in pairs for run in pair}

@@ -34,9 +34,14 @@ PREFACE = ("What the study's runs have measured, and where one more seed is expe
 DISTANCE = {"kind": "milestone", "sampler": "ddpm", "nfe": 50, "n": 2000, "features": "lite0"}
 
 
-def training(run: Run, key: str, a: int, b: int) -> float | None:
-    lines = [r for r in run.log("loss") if a < r["step"] <= b]
-    return float(np.mean([r[key] for r in lines])) if lines and lines[-1]["step"] == b else None
+def training(run: Run, key: str, a: float, b: int) -> list[float]:
+    """What the lines of loss.jsonl hold as `key`, from behind step a to step b."""
+    return [r[key] for r in run.log("loss") if a < r["step"] <= b]
+
+
+def training_mean(run: Run, key: str, a: int, b: int) -> float | None:
+    reached = any(r["step"] == b for r in run.log("loss"))
+    return float(np.mean(training(run, key, a, b))) if reached else None
 
 
 def held_out(run: Run, step: int, t: int) -> float | None:
@@ -50,7 +55,7 @@ def measured(run: Run, step: int, key: str) -> float | None:
 
 
 MEASURES: dict[str, Callable[[Run], float | None]] = {  # of a run: a number, or None if it has not measured it
-    **{f"{key}, mean of steps {a:,} to {b:,}": lambda run, key=key, a=a, b=b: training(run, key, a, b)
+    **{f"{key}, mean of steps {a:,} to {b:,}": lambda run, key=key, a=a, b=b: training_mean(run, key, a, b)
        for key in ("train/eps_mse_mean", "train/loss_mean") for a, b in SPANS},
     **{f"held-out eps-MSE of EMA weights at t = {t}, {IMAGES} images, step {step:,}":
        lambda run, step=step, t=t: held_out(run, step, t) for step in STEPS for t in AT},
