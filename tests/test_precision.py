@@ -1,13 +1,14 @@
 """precision.py: what bf16 changes in samples and in training."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from runs import Run, read_jsonl
+from runs import Run, influence_path, read_jsonl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
 import precision
@@ -52,6 +53,7 @@ def test_samples_differ_by_the_precision_alone(run_train, tmp_path, capsys, monk
     (final,) = [r for r in Run(run).log("results") if (r["step"], r["kind"]) == (12, "final")]  # fp32, DDIM
     bf16 = final | {"precision": "bf16", "val/fd_lite0": final["val/fd_lite0"] + 2}
     write_jsonl(run / "results.jsonl", [final, bf16])
+    shutil.copy(influence_path(run, final), influence_path(run, bf16))
     (tmp_path / "precision.jsonl").unlink()
     assert precision.main(args) == 0
     logged = next(r for r in read_jsonl(tmp_path / "precision.jsonl") if r["sampler"] == final["sampler"])
