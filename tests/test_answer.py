@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_report import STEPS, make_run
 
 from errors import UserError
+from runs import Run, influence_path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
 import answer
@@ -96,6 +98,26 @@ def test_table_of_the_corrected_colours(runs, tmp_path, capsys):
     text = (tmp_path / "out" / "answer.md").read_text()
     assert "| E1, seed 1077, DDIM 50 | corrected | 729.4 | 0.5 | 23.8 | 22 |" in text
     assert "| E1, seed 1077, DDIM 50 | as it is | 792.1 |" in text and "34.8 and 24.3" in text and "t > 500" in text
+
+
+def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
+    for exp, fd in (("E1", 200.0), ("E2", 190.0)):
+        path = runs / exp / "seed1077"
+        (early, *_), step = Run(path).results("milestone"), STEP + 10
+        late = early | {"step": step, "val/fd_lite0": fd, "val/kid_lite0": fd / 100}
+        profile = {"step": step, "n": 8, "t": [0, 500], "eps_mse_ema": [fd**2, 0.5]}
+        for log, line in (("results", late), ("per_t", profile)):
+            with open(path / f"{log}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        pull = np.array([100.0, 200, 400, 600] * (early["n"] // 4)) * fd / 200  # paired differences: 5, 10, 20, 30
+        np.savez(influence_path(path, late), **{"val/fd_lite0": pull, "val/kid_lite0": pull})
+    assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "answer.md").read_text()
+    assert f"Step {STEP:,}, E2" in text and f"Seeds past step {STEP:,}: Fréchet distance of both arms (DDPM 50" in text
+    error = 1.96 * np.std([5, 10, 20, 30] * (early["n"] // 4), ddof=1) / early["n"]**0.5 / 2
+    assert error > 1
+    assert f"| 1077 | {STEP + 10} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | -9.8 % |" in text
+    assert f"| 1077 | {STEP} | 300.0 | 330.0 | +10.0 ±" in text and "| 1078 |" not in text
 
 
 def test_without_a_pair_there_is_no_answer(tmp_path):

@@ -289,6 +289,25 @@ def colours(root: Path) -> str:
     return f"{text}\n\n{table(header, found)}\n" if found else ""
 
 
+def course(arms: Arms) -> str:
+    """A table of the milestones of seeds that have gone past the step of all pairs; "" if none has."""
+    found, times = [], sorted(profile(arms.pairs[0][0], arms.step).keys() & {0, 130, 999})
+    for base, arm in arms.pairs:
+        points = sorted(changes(base, arm, "milestone"), key=lambda d: d["step"])
+        fd, kid = (metric_name(metric, base.config.eval.features) for metric in ("fd", "kid"))
+        for d in points if points[-1]["step"] > arms.step else []:
+            step, value, error = d["step"], d[f"{fd}_baseline"], 1.96 * d[f"{fd}_stderr"]
+            one, two = (profile(run, step) for run in (base, arm))
+            found.append([str(base.seed), f"{step:,}", f"{value:.1f}", f"{value * (1 + d[fd] / 100):.1f}",
+                          f"{d[fd]:+.1f} ± {error:.1f} %", f"{100 * d[kid] / d[f'{kid}_baseline']:+.1f} %",
+                          *(f"{100 * (two[t] / one[t] - 1):+.1f} %" for t in times)])
+            how = f"{d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}, {d['features']}"
+    header = ["seed", "step", "vanilla", "Min-SNR", "change", "KID", *(f"eps-MSE, t = {t}" for t in times)]
+    return "" if not found else (
+        f"Seeds past step {arms.step:,}: Fréchet distance of both arms ({how}), its change with the 95 % interval of\n"
+        f"the samples, and the changes of KID and of the held-out eps-MSE.\n\n{table(header, found)}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
@@ -302,8 +321,7 @@ def main(argv: list[str] | None = None) -> int:
             "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
             "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
-    if more := colours(args.runs):
-        text += f"\n{more}"
+    text = "\n".join(filter(None, (text, course(arms), colours(args.runs))))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
