@@ -298,14 +298,17 @@ def course(arms: Arms) -> str:
         for d in points if points[-1]["step"] > arms.step else []:
             step, value, error = d["step"], d[f"{fd}_baseline"], 1.96 * d[f"{fd}_stderr"]
             one, two = (profile(run, step) for run in (base, arm))
+            spread = [f"{distance(run, step)[SPREAD[0]]:.1f}" for run in (base, arm)]
             found.append([str(base.seed), f"{step:,}", f"{value:.1f}", f"{value * (1 + d[fd] / 100):.1f}",
                           f"{d[fd]:+.1f} ± {error:.1f} %", f"{100 * d[kid] / d[f'{kid}_baseline']:+.1f} %",
-                          *(f"{100 * (two[t] / one[t] - 1):+.1f} %" for t in times)])
+                          ", ".join(spread), *(f"{100 * (two[t] / one[t] - 1):+.1f} %" for t in times)])
             how = f"{d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}, {d['features']}"
-    header = ["seed", "step", "vanilla", "Min-SNR", "change", "KID", *(f"eps-MSE, t = {t}" for t in times)]
+    header = ["seed", "step", "vanilla", "Min-SNR", "change", "KID", "colour spread",
+              *(f"eps-MSE, t = {t}" for t in times)]
     return "" if not found else (
         f"Seeds past step {arms.step:,}: Fréchet distance of both arms ({how}), its change with the 95 % interval of\n"
-        f"the samples, and the changes of KID and of the held-out eps-MSE.\n\n{table(header, found)}\n")
+        "the samples, the change of KID, the spread of mean colours in both arms, and the changes of the held-out\n"
+        f"eps-MSE.\n\n{table(header, found)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
