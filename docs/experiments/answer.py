@@ -293,15 +293,16 @@ def course(arms: Arms) -> str:
     """A table of the milestones of seeds that have gone past the step of all pairs; "" if none has."""
     found, times = [], sorted(profile(arms.pairs[0][0], arms.step).keys() & {0, 130, 999})
     for base, arm in arms.pairs:
-        points = sorted(changes(base, arm, "milestone"), key=lambda d: d["step"])
+        points = changes(base, arm, "milestone")
         fd, kid = (metric_name(metric, base.config.eval.features) for metric in ("fd", "kid"))
         for d in points if points[-1]["step"] > arms.step else []:
-            step, value, error = d["step"], d[f"{fd}_baseline"], 1.96 * d[f"{fd}_stderr"]
-            one, two = (profile(run, step) for run in (base, arm))
-            spread = [f"{distance(run, step)[SPREAD[0]]:.1f}" for run in (base, arm)]
-            found.append([str(base.seed), f"{step:,}", f"{value:.1f}", f"{value * (1 + d[fd] / 100):.1f}",
-                          f"{d[fd]:+.1f} ± {error:.1f} %", f"{100 * d[kid] / d[f'{kid}_baseline']:+.1f} %",
-                          ", ".join(spread), *(f"{100 * (two[t] / one[t] - 1):+.1f} %" for t in times)])
+            step = d["step"]
+            one, two = ({r["step"]: r for r in run.results("milestone")}[step] for run in (base, arm))
+            errors = [profile(run, step) for run in (base, arm)]
+            found.append([str(base.seed), f"{step:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
+                          f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
+                          f"{100 * (two[kid] / one[kid] - 1):+.1f} %", f"{one[SPREAD[0]]:.1f}, {two[SPREAD[0]]:.1f}",
+                          *(f"{100 * (errors[1][t] / errors[0][t] - 1):+.1f} %" for t in times)])
             how = f"{d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}, {d['features']}"
     header = ["seed", "step", "vanilla", "Min-SNR", "change", "KID", "colour spread",
               *(f"eps-MSE, t = {t}" for t in times)]
