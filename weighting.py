@@ -28,7 +28,7 @@ def minsnr(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
 def minsnr_norm(snr: Tensor, scale: Tensor, gamma: float) -> Tensor:
     """minsnr divided by its mean over the schedule, so that the mean over all t is 1.
 
-    The mean over a batch would be a biased and noisy divisor: with 4 samples, weights of up to 3.9 instead of 1.095.
+    The mean over a batch would be a biased and noisy divisor: with 4 samples, weights of up to 3.99 instead of 1.095.
     Raises ValueError if snr rises anywhere: then it is not that of a schedule. (A batch sorted by t is not noticed.)
     """
     if (snr.diff() > 0).any():

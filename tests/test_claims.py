@@ -1,4 +1,4 @@
-"""docs/experiments/claims.md: each one-line command prints what the page says below it."""
+"""docs/experiments/claims.md: its one-line commands print what the page says, and its tests exist."""
 
 import contextlib
 import io
@@ -19,3 +19,11 @@ def test_each_one_liner_prints_what_the_page_says(command, output):
     with contextlib.redirect_stdout(out):
         exec(shlex.split(command)[2], {})
     assert out.getvalue() == output
+
+
+def test_every_test_that_the_page_selects_exists():
+    selections = re.findall(r"pytest ((?:tests/\w+\.py )+)-k (\"[^\"]+\"|\w+)", PAGE)
+    assert len(selections) == PAGE.count("-k ") > 5
+    missing = [term for files, terms in selections for term in terms.strip('"').split(" or ")
+               if not any(re.search(rf"def test_\w*{term}", (ROOT / file).read_text()) for file in files.split())]
+    assert missing == []
