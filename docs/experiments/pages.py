@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from checkpoint import replace_file
@@ -18,15 +19,20 @@ MARKS = "<!-- generated: python docs/experiments/pages.py -->", "<!-- end -->"
 
 
 def generated_block(exp: str) -> str:
-    """What a page repeats of experiments.toml: the question, what this experiment changes, and its command."""
+    """What a page repeats of experiments.toml: the question, what this experiment changes, its command and profile."""
     first = list_experiments()[0]
     config, base = load_config(exp), flatten(load_config(first))
     rows = [f"| `{key}` | {json.dumps(base[key])} | {json.dumps(value)} |" for key, value in flatten(config).items()
             if value != base[key] and key not in ("exp", *OWN)]
+    profile = ", ".join(f"`{key}`\xa0=\xa0{json.dumps(value)}".replace(", ", ",\xa0")
+                        for key, value in flatten(load_config(exp, profile="study")).items()
+                        if value != flatten(config)[key])
+    profile = fill(f"The profile sets {profile}. Where the text below has other numbers, these hold.", 120,
+                   break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
     changes = "\n".join([f"| key | {first} | {exp} |", "|---|---|---|", *rows]) if rows else (
         "All keys are as in `[defaults]` of [experiments.toml](../../experiments.toml).")
     return "\n\n".join([MARKS[0], f"**Question.** {config.question}", changes,
-                        f"    python train.py --exp {exp} --profile study", MARKS[1]])
+                        f"    python train.py --exp {exp} --profile study", profile, MARKS[1]])
 
 
 def update_page(text: str, exp: str) -> str:
