@@ -74,7 +74,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     torch.save(canonical(state), buffer)
     payload = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name("next.pt") if path.name == LAST else path
+    new = path.with_name("next") if path.name == LAST else path  # no .pt: not a checkpoint until it is last.pt
     replace_file(new, payload + hashlib.sha256(payload).digest())
     if path.name == LAST:
         with suppress(UserError, FileNotFoundError):  # a damaged last.pt does not replace previous.pt

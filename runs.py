@@ -115,7 +115,7 @@ def check_start(run_dir: Path, resume: bool, overwrite: bool) -> None:
 def start(config: Config, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> dict | None:
     """Prepare run_dir, whose lock the caller holds; return the checkpoint to resume from, or None for step 0.
 
-    Raises UserError, before anything is changed, as check_start does, or if this config cannot resume the run.
+    Raises UserError, before anything is changed, as check_start does, or if the run cannot be resumed with this config.
     """
     check_start(run_dir, resume, overwrite)  # again: until it had the lock, another process may have been faster
     env, saved = environment(config, device), None
@@ -138,7 +138,8 @@ def start(config: Config, run_dir: Path, device: torch.device, resume: bool, ove
 def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | None:
     """Cut the logs back to the checkpoint to resume from, and return it; None if the run ended before its first one.
 
-    Raises UserError, before that, if config or precision are not those that the run was started with.
+    Raises UserError, before that, if config or precision are not those that the run was started with, or if the
+    weights do not fit the config.
     """
     started, saved = Run(run_dir).config, None
     logs = {path: read_jsonl(path) for name in LOGS if (path := run_dir / name).exists()}
@@ -159,6 +160,9 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
         if env_then.get(key) != env[key]:
             raise UserError(f"{run_dir}: was started with {key} {env_then.get(key)}, and {env['device']} gives "
                             f"{env[key]}; resume it on {env_then.get('device')}")
+    for name in ("model", "ema") if saved else ():
+        with fits_config(run_dir):
+            build(config, "cpu")[0].load_state_dict(saved[name])
     step = saved["step"] if saved else 0
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
     print(f"{run_dir}: resuming from step {step}{again}")
@@ -300,7 +304,8 @@ def paired_differences(run_a: Path, run_b: Path) -> list[dict]:
             r_b = of_b[point]
             pulls_a, pulls_b = load_npz(influence_path(run_a, r_a)), load_npz(influence_path(run_b, r_b))
             record = {"step": r_b["step"], "step_a": r_a["step"], **{key: r_a[key] for key in same}}
-            for name in (metric_name(metric, r_a["features"]) for metric in METRICS):
+            names = [metric_name(metric, r_a["features"]) for metric in METRICS]
+            for name in (name for name in names if name in r_a and name in r_b):  # a metric may be newer than a run
                 if not len(pulls_a.get(name, ())) == len(pulls_b.get(name, ())) == r_a["n"]:
                     raise UserError(f"{influence_path(run_a, r_a)} and that of {run_b}: not {r_a['n']} samples of "
                                     f"{name} each")

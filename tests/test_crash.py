@@ -74,20 +74,24 @@ def wait_for(condition, child, seconds=60):
 
 # ---- kills ----
 
-# Each dies inside the second checkpoint that the process writes: half written, or before one of the three renames.
-DIES_AT = {stage: f"""
+def dies_at(stage, number):
+    """Code that kills its process inside its `number`-th checkpoint: half written, or before one of the renames."""
+    return f"""
 import os, signal
 from pathlib import Path
 seen, fsync, replace = [], os.fsync, os.replace
 def reach(name, descriptor=None):
     seen.append(name)
-    if name == {stage!r} and seen.count(name) == 2:
+    if name == {stage!r} and seen.count(name) == {number}:
         if descriptor is not None:
             os.ftruncate(descriptor, 5000)
         os.kill(os.getpid(), signal.SIGKILL)
 os.fsync = lambda d: (reach(Path(os.readlink(f"/proc/self/fd/{{d}}")).name, d), fsync(d))
 os.replace = lambda source, target: (reach(Path(target).name), replace(source, target))
-""" for stage in ("next.pt.tmp", "next.pt", "previous.pt", "last.pt")}
+"""
+
+
+DIES_AT = {stage: dies_at(stage, 2) for stage in ("next.tmp", "next", "previous.pt", "last.pt")}
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(24, marks=pytest.mark.long)])
@@ -113,6 +117,15 @@ def test_kill_anywhere(server, tmp_path, kills):
     done = start(server, tmp_path, *command).wait(10 * kills)
     assert done.status == 0, done.err
     assert_same_run(run_dir, tmp_path / "whole" / "smoke" / "seed1077")
+
+
+@pytest.mark.parametrize("stage", ["next.tmp", "next", "last.pt"])
+def test_a_kill_inside_the_very_first_checkpoint_costs_only_time(server, tmp_path, stage):
+    command = [*flags(tmp_path), "--resume"]
+    done = start(server, tmp_path, *command, before=dies_at(stage, 1)).wait()
+    assert done.status == -signal.SIGKILL and not (tmp_path / "smoke/seed1077/checkpoints/last.pt").exists()
+    done = start(server, tmp_path, *command).wait()
+    assert done.status == 0, done.err
 
 
 # ---- stop requests ----
@@ -198,7 +211,7 @@ def test_two_damaged_checkpoints_are_refused_and_nothing_is_deleted(whole, tmp_p
 
 # ---- a full disk ----
 
-@pytest.mark.parametrize("culprit, limit, every", [("next.pt", 15_000, 3), ("loss.jsonl", 5_000, 1000)])
+@pytest.mark.parametrize("culprit, limit, every", [("next", 15_000, 3), ("loss.jsonl", 5_000, 1000)])
 def test_a_full_disk_leaves_the_last_checkpoint(server, tmp_path, whole, monkeypatch, culprit, limit, every):
     command, real = flags(tmp_path, f"train.checkpoint_every={every}", "log.every=1"), train.train_step
     run_dir, last = tmp_path / "smoke" / "seed1077", tmp_path / "smoke" / "seed1077" / "checkpoints" / "last.pt"
@@ -274,7 +287,8 @@ def test_a_run_that_diverges_ends_in_one_line(tmp_path, capsys, override):
     for resume in ([], ["--resume"]):
         assert train.main([*flags(tmp_path, "train.lr=1e30", override), *resume]) == 1
         err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and "not finite" in err
+        kept = (tmp_path / "smoke" / "seed1077" / "checkpoints" / "last.pt").exists()
+        assert len(err.splitlines()) == 1 and "not finite" in err and f"starts from step {int(kept)}" in err
 
 
 # ---- two processes in one place ----

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_validated(run_dir, name):
     assert files(run_dir) == before
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name.startswith(("step", "config", "a "))])
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if not name.endswith(("nan", "inf"))])
 def test_a_resume_validates_it_too(run_dir, name):
     edit(run_dir, CHECKPOINTS[name])
     before = files(run_dir)
@@ -195,7 +195,8 @@ def test_bytes_of_noise_in_logs_and_config(run_dir):
             (run_dir / name).write_bytes(content)
             try:
                 Run(run_dir)
-                assert all(type(r["step"]) is int for r in read_jsonl(run_dir / "loss.jsonl"))
+                assert all(type(r["step"]) is int for log in ("loss", "results") for r in read_jsonl(
+                    run_dir / f"{log}.jsonl"))
             except UserError as error:
                 assert "json" in str(error) and "\n" not in str(error)
         (run_dir / name).write_bytes(good)
