@@ -143,10 +143,13 @@ class _AlongProbe(TorchFunctionMode):
         if func in RULES:
             args = tuple(self._lift(a) for a in args)
             kwargs = {key: self._lift(a) for key, a in kwargs.items()}
-            first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
-            if any(isinstance(a, Jet) for a in (first, *args, *kwargs.values())):
-                return RULES[func](*args, **kwargs)
-        return func(*args, **kwargs)
+        given = [b for a in (*args, *kwargs.values()) for b in (a if isinstance(a, list | tuple) else [a])]
+        if func in RULES and any(isinstance(a, Jet) for a in given):
+            return RULES[func](*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and any(isinstance(a, nn.Parameter) and a in self.jets for a in given):
+            raise NotImplementedError(f"no Taylor rule for {func} of a parameter")  # it would count as a constant
+        return result
 
     def _lift(self, a):
         return self.jets.get(a, a) if isinstance(a, nn.Parameter) else a
