@@ -306,7 +306,7 @@ def grids(runs: list[Run]) -> Figure:
     shown = [run for run in runs if run.seed == min(seeds, default=None)]
     names = [{path.name for path in (run.path / "grids").glob("step_*.png")} for run in shown]
     found = sorted(need(seeds and set.intersection(*names), runs, "grid of the same seed and step in all"))
-    step = found[-1].split("_")[1]
+    step = max((name.split("_")[1] for name in found), key=int)
     rows, data = [name for name in found if name.split("_")[1] == step], shown[0].path / "grids" / "data.png"
     panels = []
     for name in rows:

@@ -37,7 +37,7 @@ from fid import feature_network
 from model import UNet
 from parallel import DEVICE, first, from_first, gathered, precision, rank, share, world
 from rng import generator, seed_global
-from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, start, weights_of
+from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, read_checkpoint, start, weights_of
 
 # ---- one training step ----
 
@@ -261,15 +261,17 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
             number = train(config, run_dir, device, images, test[:ev.profile_images], distances, saved)
     except FloatingPointError as error:
         if first():
-            print(f"train.py: error: {error}. Nothing of it was saved. To find the first bad step: {again} --set "
-                  "log.every=1", file=sys.stderr)
+            kept = read_checkpoint(run_dir)[1]["step"] if checkpoint_path(run_dir).exists() else 0
+            print(f"train.py: error: {error}. No such value was saved; a resumed run starts from step {kept}. To find "
+                  f"the first bad step: {again} --set log.every=1. If it is step {kept} itself, start again with a "
+                  "lower train.lr (--overwrite)", file=sys.stderr)
         return 1
     except OSError as error:  # such as a full disk
         raise UserError(f"{error}; once that is mended, resume with: {again}") from error
     if number and first():
         print(f"train.py: stopped by {signal.Signals(number).name}; resume with: {again}", file=sys.stderr)
     elif first():
-        newest = max((run_dir / "grids").glob("*.png"))
+        newest = max((run_dir / "grids").glob("step_*.png"), key=lambda path: int(path.name.split("_")[1]))
         print(f"{config.exp}: {config.train.total_steps} steps done. Samples: {newest}\n"
               f"More of them: python sample.py {run_dir}")
     return 128 + number if number else 0
