@@ -132,9 +132,11 @@ def distances(pairs: list[tuple[Run, Run]]) -> dict[str, tuple[list[Point], dict
         for d in paired_differences(a.path, b.path):
             lines = [next(r for r in run.results(d["kind"]) if r["step"] == step and all(r[k] == d[k] for k in same))
                      for run, step in ((a, d["step_a"]), (b, d["step"]))]
-            for metric in (metric_name(metric, d["features"]) for metric in METRICS):
+            for metric in (name for metric in METRICS if (name := metric_name(metric, d["features"])) in d):
                 parts = [Measured(r[metric], Z * r[f"{metric}_stderr"]) for r in (*lines, d)]
-                name = f"{d['kind']}, step {d['step']:,}, {d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}: {metric}"
+                bf16 = ", bf16" * (d["precision"] == "bf16")
+                name = (f"{d['kind']}, step {d['step']:,}, {d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}{bf16}: "
+                        f"{metric}")
                 found.setdefault(name, ([], lines[0] | {"metric": metric}))[0].append(Point(a.seed, *parts))
     return found
 

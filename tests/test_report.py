@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import report
 from config import flatten, load_config, load_tables
 from errors import UserError
 from report import DISTANCE, TRACE, Decision, Measured, decide, holm, over_seeds
+from runs import Run
 
 T95 = {2: 12.7062, 3: 4.30265, 4: 3.18245, 6: 2.57058}  # t table: 97.5 % quantile for k seeds
 T90 = {2: 6.31375, 3: 2.91999, 4: 2.35336, 6: 2.01505}
@@ -357,6 +359,18 @@ def test_the_registered_trace_has_the_most_probes_that_all_seeds_have(tmp_path):
     name, seeds, change, *_ = verdicts(text := read(tmp_path))[1][1]
     assert name.endswith("last step, 256 probes") and (seeds, change) == ("3", "+20.0 %")
     assert rows(text, "Hessian traces")["Hessian trace of the arm's own loss, last step, 256 probes"][1] == "50"
+
+
+def test_distances_in_two_precisions_are_two_measures(tmp_path):
+    make_arms(tmp_path, [0.9, 0.9])
+    for path in tmp_path.glob("E?/seed*"):
+        lines = [r | {"precision": precision} for r in Run(path).log("results") for precision in ("fp32", "bf16")]
+        (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for file in (path / "influence").iterdir():
+            shutil.copy(file, file.with_name(f"{file.stem}_bf16.npz"))
+    found = rows(read(tmp_path), "Distances")
+    assert found.pop("")[1] == "seeds" and {cells[0] for cells in found.values()} == {"2"}
+    assert sum("bf16" in name for name in found) == len(found) / 2 == 6
 
 
 def test_compute(tmp_path):
