@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import STEPS, make_run
+from test_report import STEPS, edit, make_run
 
 from errors import UserError
 from runs import Run, influence_path
@@ -82,6 +82,36 @@ def test_numbers_of_the_table(runs, tmp_path, capsys):
     assert found["Fréchet distance of vanilla, twice the steps"][2] == "-25.0 %"
 
 
+def test_the_figure_shows_the_numbers(runs):
+    add_swap(runs, 1077, ["E1", "E2"], [0, 20, -10, 4])
+    for path in (path for path in runs.glob("E?/seed*") if path.name != "seed1079"):
+        slope = 0.25 if path.parent.name == "E1" else 0.75
+        edit(path / "per_t.jsonl", lambda r, slope=slope: r | {"eps_mean_slope_ema": [0.0, slope],
+                                                               "eps_mean_slope_best": [0.0, 1.0]})
+        (early,) = Run(path).results("milestone")
+        points = [early | {"kind": "frontier", "step": STEPS, "nfe": nfe} for nfe in (10, 20)]
+        with open(path / "results.jsonl", "a") as file:
+            file.writelines(json.dumps(point) + "\n" for point in points)
+        for point in points:
+            np.savez(influence_path(path, point), **np.load(influence_path(path, early)))
+    axes = {ax.get_title()[4:]: ax for ax in answer.answer(answer.find(runs)).axes}
+    lines = {title: [line.get_xydata().tolist() for line in ax.lines] for title, ax in axes.items()}
+
+    def close(values):
+        return pytest.approx(np.array(values))
+    profile = lines["where the weight acts: a line per seed"]
+    assert np.array(profile[:2]) == close([[[0, 1.10], [500, 1]], [[0, 1.21], [500, 1]]])
+    forest = lines["distance of samples: left of 0, Min-SNR is closer"]  # each bar has two caps
+    assert np.array([line[0] for line in forest[:9:3]]) == close([[10, 0], [21, 1], [100 * (1.1**1.5 - 1), 2]])
+    swaps = lines["each network on a part of the timesteps"]
+    assert [line[0][0] for line in swaps[:3]] == pytest.approx([2, -5, 10])
+    labels = [label.get_text() for label in axes["each network on a part of the timesteps"].get_yticklabels()]
+    assert labels == ["Min-SNR at all t", "Min-SNR above t = 130", "Min-SNR below t = 130"]
+    assert np.array(lines["over the number of calls"][:1]) == close([[[10, 10], [20, 10]]])
+    slopes = lines["how much of the mean colour is seen"]
+    assert [line[1][1] for line in slopes] == [0.25, 0.75, 0.25, 0.75, 1.0]
+
+
 def test_what_is_not_measured_is_left_out(runs, tmp_path, capsys):
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     assert not any("t = 130" in name for name in table((tmp_path / "out" / "answer.md").read_text()))
@@ -119,6 +149,45 @@ def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
     assert error > 1
     assert f"| 1077 | {STEP + 10} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | 50.0, 47.5 | -9.8 % |" in text
     assert f"| 1077 | {STEP} | 300.0 | 330.0 | +10.0 ±" in text and "| 1078 |" not in text
+
+
+def test_a_final_distance_is_never_compared_with_a_milestone(runs, tmp_path, capsys):
+    """At the last step one arm has its final line, and the other still samples for it."""
+    for exp, fd in (("E1", 250.0), ("E2", 300.0)):
+        for seed in (1077, 1078):
+            path = runs / exp / f"seed{seed}"
+            (early,), (final, _) = Run(path).results("milestone"), Run(path).results("final")
+            late = early | {"step": STEPS, "val/fd_lite0": fd}
+            lines = [early, late] + [final] * ((exp, seed) != ("E2", 1078))
+            (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            pulls = np.ones(late["n"])
+            np.savez(influence_path(path, late), **{"val/fd_lite0": pulls, "val/kid_lite0": pulls})
+    assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "answer.md").read_text()
+    assert f"Step {STEPS:,}" in text
+    assert table(text)["Fréchet distance of samples (lower is better)"][:2] == ["250", "300"]
+
+
+def test_the_step_is_a_milestone_of_every_seed(runs, tmp_path, capsys):
+    for exp in ("E1", "E2"):
+        path = runs / exp / "seed1078"
+        (early,) = Run(path).results("milestone")
+        (path / "results.jsonl").write_text("".join(json.dumps(early | {"step": step}) + "\n" for step in (30, 40)))
+    with pytest.raises(UserError, match="in common"):
+        answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")])
+
+
+def test_a_page_without_the_end_of_its_table_is_left_as_it_is(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(answer, "HERE", tmp_path)
+    page = tmp_path / "summary.md"
+    page.write_text(f"above\n{answer.MARKS[0]}\nformer\n{answer.MARKS[1]}\nbelow\n")
+    assert answer.main(["--runs", str(runs)]) == 0
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "former" not in text and "| measure |" in text
+    page.write_text(broken := f"above\n{answer.MARKS[0]}\nbelow\n")
+    with pytest.raises(UserError, match="summary.md"):
+        answer.main(["--runs", str(runs)])
+    assert page.read_text() == broken
 
 
 def test_without_a_pair_there_is_no_answer(tmp_path):

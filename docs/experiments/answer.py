@@ -2,7 +2,7 @@
 
     python docs/experiments/answer.py --runs runs
 
-Everything is read at one step: the last one at which every pair has a milestone. Writes answer.png,
+Everything is read at one step: the last one at which all pairs have a milestone. Writes answer.png,
 answer.svg and answer.md to --out, and without --out the table into summary.md. A panel or row whose measurement is
 missing is left out.
 """
@@ -47,22 +47,31 @@ STEADINESS = {  # of training: row of the table -> key of loss.jsonl, and what o
 
 
 class Arms(NamedTuple):
-    """Pairs (baseline, arm) by seed, the step at which all is read, and the folder of the runs."""
+    """Pairs (baseline, arm) by seed, the step at which all is read, the folder of the runs, and the kind of distances.
+
+    kind: "final" if all runs have finished and the step is their last, else "milestone", which has fewer samples.
+    """
     pairs: list[tuple[Run, Run]]
     step: int
     root: Path
+    kind: str
 
 
 def find(root: Path) -> Arms:
-    """Raises UserError if no seed has a milestone in both arms."""
+    """Raises UserError if no seed has a milestone in both arms, or the seeds have none in common."""
     base, arm = ({run.seed: run for run in find_runs(root, exp)} for exp in EXPS)
     measured = {seed: {r["step"] for r in base[seed].results("milestone")} & {
         r["step"] for r in arm[seed].results("milestone")} for seed in sorted(base.keys() & arm.keys())}
     measured = {seed: steps for seed, steps in measured.items() if steps}
     if not measured:
         raise UserError(f"{root}: no seed has a milestone of both {' and '.join(EXPS)}")
-    step = min(max(steps) for steps in measured.values())
-    return Arms([(base[seed], arm[seed]) for seed in measured], step, root)
+    step = max(set.intersection(*measured.values()), default=None)
+    if step is None:
+        raise UserError(f"{root}: the seeds {sorted(measured)} have no milestone in common; give another --runs")
+    pairs = [(base[seed], arm[seed]) for seed in measured]
+    ended = all(any(r["step"] == step and r["sampler"] == run.config.eval.sampler for r in run.results("final"))
+                for pair in pairs for run in pair)
+    return Arms(pairs, step, root, "final" if ended else "milestone")
 
 
 def traces(run: Run, step: int) -> dict:
@@ -71,11 +80,11 @@ def traces(run: Run, step: int) -> dict:
     return max(lines, key=lambda r: r["num_probes"], default={})
 
 
-def distance(run: Run, step: int) -> dict:
-    """The results line of the registered sampler: at the last step the final one, else the milestone."""
-    lines = [r for kind in ("milestone", "final") for r in run.results(kind)
-             if r["step"] == step and r["sampler"] == run.config.eval.sampler]
-    return lines[-1]
+def distance(run: Run, arms: Arms) -> dict:
+    """The results line of the registered sampler."""
+    (line,) = [r for r in run.results(arms.kind)
+               if r["step"] == arms.step and r["sampler"] == run.config.eval.sampler]
+    return line
 
 
 def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
@@ -172,7 +181,7 @@ def panel_frontier(ax, arms: Arms) -> None:
 def panel_forest(ax, arms: Arms) -> None:
     key, labels, ratios = metric_name("fd", arms.pairs[0][0].config.eval.features), [], []
     for y, (base, arm) in enumerate(arms.pairs):
-        line = distance(arm, arms.step)
+        line = distance(arm, arms)
         own = {key: line[key] for key in ("step", "sampler")}
         (d,) = [d for d in changes(base, arm, line["kind"]) if own.items() <= d.items()]
         ratios.append(1 + d[key] / 100)
@@ -249,11 +258,11 @@ def rows(arms: Arms) -> list[list[str]]:
     def add_ratios(name: str, ratios: list[float], how: str, vanilla: str = "", arm: str = "") -> None:
         found.append([name, vanilla, arm, percent(ratios), direction(ratios), how])
 
-    line = distance(pairs[0][0], step)
+    line = distance(pairs[0][0], arms)
     for name, metric in (("Fréchet distance", "fd"), ("KID", "kid")):
         key = metric_name(metric, line["features"])
         context = f"test images {line[f'{key}_floor_test']:.4g}, noise {line[f'{key}_ceiling']:.4g}"
-        add(f"{name} of samples (lower is better)", lambda run, key=key: distance(run, step)[key],
+        add(f"{name} of samples (lower is better)", lambda run, key=key: distance(run, arms)[key],
             f"{line['sampler'].upper()} {line['nfe']}, n = {line['n']:,}, {line['features']}, EMA weights; {context}")
     for name, (key, statistic) in STEADINESS.items():
         add(name, lambda run, key=key, statistic=statistic: statistic(training(run, key, step / 5, step)),
@@ -269,8 +278,8 @@ def rows(arms: Arms) -> list[list[str]]:
         add_ratios(f"Fréchet distance of {name}", list(seeds.values()), f"seed{'s' * (len(seeds) > 1)} "
                    + ", ".join(map(str, seeds)))
     for key, name in zip(SPREAD, ("Spread of mean colours", "Texture"), strict=True):
-        if all(key in distance(run, step) for pair in pairs for run in pair):
-            add(name, lambda run, key=key: distance(run, step)[key],
+        if all(key in distance(run, arms) for pair in pairs for run in pair):
+            add(name, lambda run, key=key: distance(run, arms)[key],
                 f"levels of 255, training images {line[f'{key}_train']:.1f}")
     return found
 
@@ -329,8 +338,11 @@ def main(argv: list[str] | None = None) -> int:
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-        replace_file(page, f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}".encode())
+        before, begins, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+        _, ends, after = rest.partition(MARKS[1])
+        if not (begins and ends):
+            raise UserError(f"{page}: needs the lines {MARKS[0]} and {MARKS[1]}")
+        replace_file(page, f"{before}{begins}\n\n{text}\n{ends}{after}".encode())
     print(text)
     return 0
 
