@@ -200,10 +200,16 @@ def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
         where = f"{Path(path).name}: [{name}.{inner}]"
         if not NAME.fullmatch(inner):
             raise ConfigError(f"{where}: the name must be made of letters, digits and ._-")
-        for key in table:
+        for key, value in table.items():
             check_name(key, keys, where)
+            if isinstance(value, list) != (key in ("runs", "seeds", "factor")):
+                raise ConfigError(f"{where}: {key} must be {'one value' if isinstance(value, list) else 'a list'}")
         for exp in table.get("runs", []):
             check_name(exp, tables["experiments"], f"{where}: runs")
+        if lacks := [key for key in keys if key not in table and (name, key) != ("figures", "runs")]:
+            raise ConfigError(f"{where}: lacks {', '.join(lacks)}")
+        if name == "comparisons" and len(table["runs"]) != 2:
+            raise ConfigError(f"{where}: runs must be two, the baseline and the arm")
     return tables[name]
 
 

@@ -349,7 +349,7 @@ def stats_of(path: Path, network: nn.Module) -> FeatureStats:
                 raise UserError(f"{path}: statistics of {stats.features or stats.dim}, not of this {network.name}")
             return stats
         x = next(iter(content.values()), np.empty(0))
-        if x.dtype != np.uint8 or x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
+        if x.dtype != np.uint8 or x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]) or 0 in x.shape[1:]:
             raise UserError(f"{path}: holds {x.dtype} {x.shape}; expected uint8 (N, H, W, 3) or (N, 3, H, W)")
         batches = torch.from_numpy(x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)).split(50)
     stats = FeatureStats(network.dim, network.name, network.weights_hash)

@@ -39,6 +39,8 @@ def check_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if (kind := torch.device(name).type) not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: {kind} is not supported; give cpu, cuda or cuda:N")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None

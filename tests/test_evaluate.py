@@ -166,7 +166,8 @@ def test_eval_mode_restores_each_modules_own_mode(net):
 @pytest.mark.parametrize("flags", [
     ["run", "--n", "10"], ["run", "--curvature", "--nfe", "5"], ["run", "--sampler", "ddim"], ["run", "--seed", "1"],
     ["run", "--frontier", "2", "--seed", "1"], ["run", "--probes", "4"], ["run", "--curvature", "--probes", "1"],
-    ["run", "--distance", "--n", "1"], ["--stats", "shapes", "--nfe", "5"], [], ["run", "--stats", "shapes"],
+    ["run", "--distance", "--n", "1"], ["--stats", "shapes", "--nfe", "5"],
+    ["--stats", "shapes", "--features", "lite0", "--weights", "x"], [], ["run", "--stats", "shapes"],
 ])
 def test_options_without_effect_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -388,6 +388,7 @@ IMAGES = np.zeros((20, 32, 32, 3), np.uint8)
 BAD_FILES = {  # what a file holds: bytes, or the arrays of an npz
     "nothing": b"", "text": b"no npz", "a cut zip": b"PK\3\4 cut", "floats": {"x": IMAGES / 1.0},
     "grey images": {"x": IMAGES[..., :1]}, "one image": {"x": IMAGES[:1]}, "no array": {},
+    "images of no size": {"x": IMAGES[:, :0]},
     "another size": {"mu": np.zeros(3), "sigma": np.eye(3)},
     "other weights": {"mu": np.zeros(6), "sigma": np.eye(6), "weights_hash": "another", "features": "inception"},
     "shapes that do not fit": {"mu": np.zeros(6), "sigma": np.eye(5)}, "words": {"mu": "a", "sigma": "b"},

@@ -183,7 +183,7 @@ def test_one_process_is_the_identity(monkeypatch):
     assert parallel.map_shared(lambda i: i * i, 4, "squares") == [0, 1, 4, 9]
     assert range(6)[parallel.share(6)] == range(6)
     assert parallel.in_turn(lambda: 5) == 5 and parallel.check_device("cpu") == torch.device("cpu")
-    for name in ("cuda:77", "gpu"):
+    for name in ("cuda:77", "gpu", "meta"):
         with pytest.raises(UserError, match=f"--device {name}"):
             parallel.check_device(name)
     monkeypatch.setenv("LOCAL_RANK", "77")

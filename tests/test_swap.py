@@ -79,3 +79,6 @@ def test_what_cannot_be_swapped_is_refused(two_runs, run_train, tmp_path):
         swap.swap([two_runs[0], other], at=500)
     with pytest.raises(UserError, match="--at 1000.*999"):
         swap.swap(two_runs, at=1000)
+    for n in (-3, 0, 1):
+        with pytest.raises(UserError, match=f"--n {n}"):
+            swap.swap(two_runs, at=500, n=n)

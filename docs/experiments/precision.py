@@ -36,10 +36,13 @@ def draw(run_dir: Path, step: int | None, n: int, ddim_nfe: int | None, data_roo
     config, step, _, ema, _ = loaded = load_run(run_dir, "cpu", step)
     if config.eval.features == "none" or parallel.precision(True, torch.device("cpu")) != "bf16":
         raise UserError(f"{run_dir}: needs eval.features, and a CPU that computes in bf16")
+    ddim_nfe = config.grid.nfe if ddim_nfe is None else ddim_nfe
+    if n < 2 or not 1 <= ddim_nfe <= loaded.diffusion.T:
+        raise UserError(f"--n {n} --ddim-nfe {ddim_nfe}: must be 2 or more, and from 1 to T = {loaded.diffusion.T}")
     train, test = (load_images(config.data.name, data_root, split) for split in (True, False))
     network = feature_network(config.eval.features, default("eval.inception_weights"), "cpu")
     distances = Distances(network, config.data.name, train, test, stats_root)
-    for sampler, nfe in {"ddpm": config.eval.nfe, "ddim": ddim_nfe or config.grid.nfe}.items():
+    for sampler, nfe in {"ddpm": config.eval.nfe, "ddim": ddim_nfe}.items():
         point = {"step": step, "sampler": sampler, "nfe": nfe, "n": n, "features": network.name}
 
         def estimates(precision: str, point=point) -> dict[str, Estimate]:
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                                      usage=argparse.SUPPRESS)
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--ddim-nfe", type=int, help="that of the run's grids by default; of DDPM its milestones'")
+    parser.add_argument("--ddim-nfe", type=int, help="that of the run's grids by default; DDPM's is that of milestones")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", default=default("eval.stats_root"), help="folder of reference statistics")

@@ -1,4 +1,4 @@
-"""At which timesteps two arms part: samples of which one network draws the noisy part and the other the clean part.
+"""Which timesteps make the samples of two arms differ: one network denoises at t >= AT, the other below.
 
     python docs/experiments/swap.py runs/E5/seed1077 runs/E6/seed1077 > swap.jsonl
 
@@ -45,10 +45,9 @@ class Switched(nn.Module):
 
 
 def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
-         data_root: str | None = None, stats_root: str | None = None, device="cpu",
-         milestone: int | None = None) -> list[dict]:
+         data_root: str | None = None, stats_root: str | None = None, milestone: int | None = None) -> list[dict]:
     """The four lines. Raises UserError."""
-    loaded = [load_run(run_dir, device, milestone) for run_dir in run_dirs]
+    loaded = [load_run(run_dir, "cpu", milestone) for run_dir in run_dirs]
     (config, step, _, first, diffusion), (other, other_step, _, second, _) = loaded
     two_seeds = config.exp == other.exp  # of one experiment
     names = [f"{c.exp}/{c.seed}" if two_seeds else c.exp for c in (config, other)]
@@ -61,12 +60,15 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
         raise UserError(f"{run_dirs[0]}: its config has eval.features = none; give another run first")
     if not 0 < at < diffusion.T:
         raise UserError(f"--at {at}: must be from 1 to T - 1 = {diffusion.T - 1}")
+    n = config.eval.n_samples if n is None else n
+    if n < 2:
+        raise UserError(f"--n {n}: must be 2 or more")
     data_root, stats_root = data_root or default("data.root"), stats_root or default("eval.stats_root")
     train, test = (load_images(config.data.name, data_root, split) for split in (True, False))
-    network = feature_network(config.eval.features, default("eval.inception_weights"), device)
+    network = feature_network(config.eval.features, default("eval.inception_weights"), "cpu")
     distances = Distances(network, config.data.name, train, test, stats_root)
-    n, sampler, nfe = n or config.eval.n_samples, sampler or config.eval.sampler, config.eval.nfe
-    used = precision(config.eval.amp, torch.device(device))
+    sampler, nfe = sampler or config.eval.sampler, config.eval.nfe
+    used = precision(config.eval.amp, torch.device("cpu"))
     arms, lines, own = dict(zip(names, (first, second), strict=True)), [], None
     for noisy, clean in product(arms, arms):
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
