@@ -14,10 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from taylor import quadratic_forms
-
-__all__ = ["TraceEstimate", "hutchinson_trace", "quadratic_forms", "rademacher", "summarise"]
-
 
 class TraceEstimate(NamedTuple):
     """Mean and standard deviation over probes, standard error of the mean, and the value of each probe."""

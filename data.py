@@ -35,15 +35,15 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid_png(x_uint8: Tensor, scale: int = 2, cols: int | None = None) -> bytes:
-    """uint8 (N, 3, H, W) as one PNG of `cols` columns (default: about square), each pixel `scale` wide and high."""
+def grid_png(x_uint8: Tensor) -> bytes:
+    """uint8 (N, 3, H, W) as one PNG, about square, at twice the size."""
     n, _, h, w = x_uint8.shape
-    cols = cols or math.ceil(math.sqrt(n))
+    cols = math.ceil(math.sqrt(n))
     grid = Image.new("RGB", (cols * (w + 1) + 1, math.ceil(n / cols) * (h + 1) + 1))
     for i, image in enumerate(x_uint8.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
         grid.paste(Image.fromarray(image), (i % cols * (w + 1) + 1, i // cols * (h + 1) + 1))
     png = io.BytesIO()
-    grid.resize((scale * grid.width, scale * grid.height), Image.Resampling.NEAREST).save(png, format="png")
+    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(png, format="png")
     return png.getvalue()
 
 

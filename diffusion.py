@@ -42,7 +42,7 @@ class Diffusion:
     Attributes: T, and betas, alphas_cumprod, snr, each float64 (T,); prediction, one of PREDICTIONS; and eps_per_mse
     (T,), the eps-MSE of a network divided by the MSE of its own target. betas (T,): in (0, 1), the last may be 1 (snr
     = 0) for x0 and v; float32 ones are upcast. Raises ValueError for other betas or predictions. Not checked: that x_0
-    is in [-1, 1], that the network predicts what `prediction` says, and on a GPU, which would have to be waited for, t.
+    is in [-1, 1]; that the network predicts what `prediction` says; on a GPU, the range of t, since that would wait.
     """
 
     def __init__(self, betas: Tensor, prediction: str = "eps"):

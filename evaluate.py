@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import interop
 from checkpoint import lock, replace_file
 from config import MAX_SAMPLES, Config, default, load_config
-from curvature import quadratic_forms, rademacher, summarise
+from curvature import rademacher, summarise
 from data import grid_png, load_images, to_model_range, to_uint8
 from diffusion import SAMPLERS, Diffusion, spaced_timesteps
 from distances import Distances, extract_shared
@@ -37,6 +37,7 @@ from model import UNet
 from parallel import DEVICE, check_device, first, from_first, map_shared, precision
 from rng import generator
 from runs import append_jsonl, load_run, read_jsonl, save_influence, weights_of
+from taylor import quadratic_forms
 
 CHUNK = 100           # samples that share one stream of noise
 CPU_BATCH = 20        # examples whose activations fit a CPU's caches: at base 64, 1.3 times faster than 100

@@ -1,12 +1,12 @@
-"""The UNet of DDPM (Ho et al. 2020, appendix B): predicts the noise eps in x_t.
+"""The UNet of DDPM (Ho et al. 2020, appendix B): from x_t and t to eps (or x_0, or v).
 
 Shapes are (B, C, H, W) throughout. Two things the study depends on:
 
 * GroupNorm has min(32, base_channels // 4) groups, so 4 channels share a group at base 32. With 32 groups on 32
   channels it would be InstanceNorm, which erases each channel's mean right before the output convolution: such a
   network cannot predict the mean of eps, and sampling amplifies that error 157 times at t = 999.
-* Attention is written out as softmax(q k^T) v, because the curvature probe differentiates twice and fused
-  attention kernels have no second derivative.
+* Attention is written out as softmax(q k^T) v. Curvature needs second derivatives, which fused attention kernels do
+  not have; taylor.py has a rule for each operation used here.
 """
 
 import math
@@ -116,7 +116,7 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(x_t, t). At base_channels 128 this is the published CIFAR-10 network (35.7 M parameters).
+    """output = UNet(x_t, t). At base_channels 128 this is the published CIFAR-10 network (35.7 M parameters).
 
     Raises ValueError if base_channels cannot be split into min(32, base_channels // 4) groups.
     """
@@ -171,7 +171,7 @@ class UNet(nn.Module):
         self.conv_out = zero_(conv3x3(channels, self.image_channels))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_t (B, 3, 32, 32), t (B,) int64 in [0, T) -> eps_hat (B, 3, 32, 32)."""
+        """x_t (B, 3, 32, 32), t (B,) int64 in [0, T) -> the prediction (B, 3, 32, 32)."""
         emb = timestep_embedding(t, self.base_channels).to(x_t.dtype)
         emb = F.silu(self.time_mlp(emb))  # (B, 4 * base_channels)
         h = self.conv_in(x_t)

@@ -107,7 +107,7 @@ def gathered(own: object) -> list:
 
 
 def from_first(value: Callable):
-    """value() of process 0, for all processes: for what depends on files. If it raises there, all of them end."""
+    """Process 0's value(), in every process: for what is read from files. If it raises in process 0, all end."""
     return gathered(value() if first() else None)[0]
 
 
@@ -137,7 +137,7 @@ def stop_requests() -> Iterator[Callable[[], list[int]]]:
 
 
 class Lines:
-    """A file for tqdm that makes a line of each update: without a terminal a bar cannot be drawn over."""
+    """A file for tqdm that prints each update as a line: without a terminal a bar cannot overwrite itself."""
 
     def write(self, text: str) -> None:
         if text.strip():

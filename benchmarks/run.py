@@ -255,8 +255,9 @@ def distance(quick: bool) -> list[dict]:
 def curvature(quick: bool) -> list[dict]:
     """One probe, and the 16 probes of a line of curvature.jsonl, which gives the weighted and the unweighted trace."""
     import train
-    from curvature import hutchinson_trace, quadratic_forms, rademacher
+    from curvature import hutchinson_trace, rademacher
     from evaluate import curvature_record
+    from taylor import quadratic_forms
     warnings.filterwarnings("ignore", message="Using backward")
     rows, images = [], make_shapes(512)
     for base in (8,) if quick else (32, 64):

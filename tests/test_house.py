@@ -14,7 +14,7 @@ LEAVES = {"rng", "errors", "data", "model", "diffusion", "weighting", "curvature
           "checkpoint", "parallel"}
 # What a module may import besides rng and errors. config reads the names in the tables of leaves.
 ALLOWED = {name: set() for name in LEAVES} | {
-    "fid": {"inception"}, "curvature": {"taylor"}, "config": {"diffusion", "fid", "weighting"},
+    "fid": {"inception"}, "config": {"diffusion", "fid", "weighting"},
     "runs": LEAVES | {"config"}, "interop": {"checkpoint", "config", "diffusion", "model", "runs"},
     "distances": LEAVES | {"runs"},
     "evaluate": LEAVES | {"config", "runs", "interop", "distances"}, "estimate": LEAVES | {"config", "evaluate"},

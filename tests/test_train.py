@@ -45,7 +45,7 @@ def test_one_seed_gives_one_run_and_another_seed_another(run_train):
 
 
 def test_evaluation_and_logging_do_not_touch_training(run_train):
-    """E1, E5 and E7a train alike however often each of them is logged, measured, drawn or saved."""
+    """E1, E5 and E7a train to the same weights however often each of them is logged, measured, drawn or saved."""
     common = ("train.total_steps=30",)
     a = run_train("E1", *common, "log.every=1", "eval.every=30", "grid.every=30", "train.checkpoint_every=30")
     b = run_train("E5", *common, "log.every=1", "eval.every=4", "grid.every=7", "eval.profile_images=3")
