@@ -22,7 +22,7 @@ from fid import METRICS, metric_name
 from runs import Run, build, find_runs, paired_differences, read_json
 
 DISTANCE, TRACE = (0.93, 1.07), (0.90, 1 / 0.90)  # registered limits of arm / baseline; lower is better
-Z, LAST = 1.96, 1 - 1e-9                          # half a 95 % interval, in standard errors; as `after`, leaves the last step alone
+Z, LAST = 1.96, 1 - 1e-9                          # standard errors of 95 %; `after` which only the last step comes
 HARMLESS = (*PATHS, "train.checkpoint_every", "log.", "grid.", "eval.", "curvature.")  # keys that change no training
 
 
