@@ -29,14 +29,14 @@ def runs(tmp_path):
     return tmp_path
 
 
-def add_swap(runs, seed, names, differences):
+def add_swap(runs, seed, names, differences, step=STEP):
     folder = runs / "swap"
     folder.mkdir(exist_ok=True)
-    lines = [{"step": STEP, "noisy": noisy, "clean": clean, "n": 1000, "val/fd_lite0": 200.0 + difference,
+    lines = [{"step": step, "noisy": noisy, "clean": clean, "n": 1000, "val/fd_lite0": 200.0 + difference,
               "val/fd_lite0_difference": difference}
              for (noisy, clean), difference in zip([(a, b) for a in names for b in names], differences, strict=True)]
     file = "_".join(name.replace("/", "_") if "/" in name else f"{name}_{seed}" for name in names)
-    (folder / f"{file}_step{STEP}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{file}_step{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def table(text):
@@ -142,12 +142,14 @@ def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
             file.write(json.dumps(profile) + "\n")
         pull = np.array([100.0, 200, 400, 600] * (early["n"] // 4)) * fd / 200  # paired differences: 5, 10, 20, 30
         np.savez(influence_path(path, late), **{"val/fd_lite0": pull, "val/kid_lite0": pull})
+    add_swap(runs, 1077, ["E1", "E2"], [0, 20, -10, 4], STEP + 10)
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
     assert f"Step {STEP:,}, E2" in text and f"Seeds past step {STEP:,}: Fréchet distance of both arms (DDPM 50" in text
     error = 1.96 * np.std([5, 10, 20, 30] * (early["n"] // 4), ddof=1) / early["n"]**0.5 / 2
     assert error > 1
-    assert f"| 1077 | {STEP + 10} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | 50.0, 47.5 | -9.8 % |" in text
+    assert (f"| 1077 | {STEP + 10} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | 50.0, 47.5 | -9.8 % | -5.0 % | "
+            "+10.0 % |") in text
     assert f"| 1077 | {STEP} | 300.0 | 330.0 | +10.0 ±" in text and "| 1078 |" not in text
 
 

@@ -92,30 +92,39 @@ def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
     return dict(zip(line["t"], line[key], strict=True)) if key in line else {}
 
 
-def swaps(arms: Arms) -> dict[str, dict[int, float]]:
-    """{combination: {seed: ratio of Frechet distances}} from the logs that the workflow writes to RUNS/swap.
+A, B = EXPS
+ALL, ABOVE, BELOW = "Min-SNR at all t", "Min-SNR above t = 130", "Min-SNR below t = 130"
+SWAPS = {ALL: (B, B), ABOVE: (B, A), BELOW: (A, B)}  # network of the noisy timesteps, and of the clean ones
+SEEDS, LONGER = "two vanilla seeds (control)", "vanilla, twice the steps"
+
+
+def swapped(base: Run, step: int, root: Path) -> dict[str, float]:
+    """{combination: ratio of Frechet distances} of a seed, from the logs that the workflow writes to RUNS/swap.
 
     The ratio is to the baseline's own samples. That of two seeds of the baseline, s and u, is of the sum of both
     combinations to the sum of both networks alone.
     """
-    a, b = EXPS
-    names = {(b, b): "Min-SNR at all t", (b, a): "Min-SNR above t = 130", (a, b): "Min-SNR below t = 130"}
-    found = {name: {} for name in (*names.values(), "two vanilla seeds (control)", "vanilla, twice the steps")}
-    for base, _ in arms.pairs:
-        s, folder, fd = base.seed, arms.root / "swap", metric_name("fd", base.config.eval.features)
-        for path in sorted(folder.glob(f"{a}_{s}_*_step{arms.step}.jsonl")):
-            lines = read_jsonl(path)
-            values, own = {(r["noisy"], r["clean"]): r[fd] for r in lines}, lines[0]
-            if names.keys() & values.keys():
-                for pair, name in names.items():
-                    found[name][s] = values[pair] / own[fd]
-            else:
-                mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
-                found["two vanilla seeds (control)"][s] = sum(mixed) / sum(alone)
-            longer = folder / f"{a}_{s}_step{2 * arms.step}.jsonl"
-            if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
-                found["vanilla, twice the steps"][s] = r[fd] / own[fd]
-    return {name: seeds for name, seeds in found.items() if seeds}
+    s, folder, fd, found = base.seed, root / "swap", metric_name("fd", base.config.eval.features), {}
+    for path in sorted(folder.glob(f"{A}_{s}_*_step{step}.jsonl")):
+        lines = read_jsonl(path)
+        values, own = {(r["noisy"], r["clean"]): r[fd] for r in lines}, lines[0]
+        if (B, B) in values:
+            found |= {name: values[pair] / own[fd] for name, pair in SWAPS.items()}
+        else:
+            mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
+            found[SEEDS] = sum(mixed) / sum(alone)
+        longer = folder / f"{A}_{s}_step{2 * step}.jsonl"
+        if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
+            found[LONGER] = r[fd] / own[fd]
+    return found
+
+
+def swaps(arms: Arms) -> dict[str, dict[int, float]]:
+    """{combination: {seed: ratio}} of those that were measured."""
+    found = {base.seed: swapped(base, arms.step, arms.root) for base, _ in arms.pairs}
+    by_name = {name: {seed: ratios[name] for seed, ratios in found.items() if name in ratios}
+               for name in (*SWAPS, SEEDS, LONGER)}
+    return {name: seeds for name, seeds in by_name.items() if seeds}
 
 
 def change(ratios: list[float]) -> tuple[float, float, float]:
@@ -307,18 +316,19 @@ def course(arms: Arms) -> str:
         for d in points if points[-1]["step"] > arms.step else []:
             step = d["step"]
             one, two = ({r["step"]: r for r in run.results("milestone")}[step] for run in (base, arm))
-            errors = [profile(run, step) for run in (base, arm)]
+            errors, hybrids = [profile(run, step) for run in (base, arm)], swapped(base, step, arms.root)
             found.append([str(base.seed), f"{step:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
                           f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
                           f"{100 * (two[kid] / one[kid] - 1):+.1f} %", f"{one[SPREAD[0]]:.1f}, {two[SPREAD[0]]:.1f}",
-                          *(f"{100 * (errors[1][t] / errors[0][t] - 1):+.1f} %" for t in times)])
+                          *(f"{100 * (errors[1][t] / errors[0][t] - 1):+.1f} %" for t in times),
+                          *(percent([hybrids[name]]) if name in hybrids else "" for name in (ABOVE, BELOW))])
             how = f"{d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}, {d['features']}"
     header = ["seed", "step", "vanilla", "Min-SNR", "change", "KID", "colour spread",
-              *(f"eps-MSE, t = {t}" for t in times)]
+              *(f"eps-MSE, t = {t}" for t in times), ABOVE, BELOW]
     return "" if not found else (
         f"Seeds past step {arms.step:,}: Fréchet distance of both arms ({how}), its change with the 95 % interval of\n"
         "the samples, the change of KID, the spread of mean colours in both arms, and the changes of the held-out\n"
-        f"eps-MSE.\n\n{table(header, found)}\n")
+        f"eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only.\n\n{table(header, found)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
