@@ -328,7 +328,8 @@ def course(arms: Arms) -> str:
     return "" if not found else (
         f"Seeds past step {arms.step:,}: Fréchet distance of both arms ({how}), its change with the 95 % interval of\n"
         "the samples, the change of KID, the spread of mean colours in both arms, and the changes of the held-out\n"
-        f"eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only.\n\n{table(header, found)}\n")
+        "eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only.\n\n"
+        f"{table(header, found)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
