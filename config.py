@@ -202,8 +202,8 @@ def load_tables(name: str, path: str | Path = EXPERIMENTS) -> dict[str, dict]:
             raise ConfigError(f"{where}: the name must be made of letters, digits and ._-")
         for key, value in table.items():
             check_name(key, keys, where)
-            if isinstance(value, list) != (key in ("runs", "seeds", "factor")):
-                raise ConfigError(f"{where}: {key} must be {'one value' if isinstance(value, list) else 'a list'}")
+            kind = Key(int if key == "seeds" else str, is_list=key in ("runs", "seeds", "factor"))
+            kind.convert(value, f"{where}: {key}")
         for exp in table.get("runs", []):
             check_name(exp, tables["experiments"], f"{where}: runs")
         if lacks := [key for key in keys if key not in table and (name, key) != ("figures", "runs")]:

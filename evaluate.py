@@ -296,12 +296,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     samples = args.distance or args.frontier
     reads = dict.fromkeys(["features", "weights", "n", "stats_root"], samples or args.stats)
     reads |= {"nfe": args.distance, "seed": args.distance, "sampler": samples, "step": args.run_dir,
-              "probes": args.curvature}
+              "probes": args.curvature,
+              "weights": (samples or args.stats) and args.features in (None, "inception")}
     for name, read in reads.items():
         if getattr(args, name) is not None and not read:
             parser.error(f"--{name.replace('_', '-')} has no effect here; see the examples of --help")
-    if args.weights and args.features not in (None, "inception"):
-        parser.error(f"--weights are Inception's; {args.features} has its own")
     if args.n is not None and not 2 <= args.n <= MAX_SAMPLES:
         parser.error(f"--n {args.n}: must be from 2 to {MAX_SAMPLES}")
     if args.probes is not None and args.probes < 2:

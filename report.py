@@ -132,7 +132,7 @@ def distances(pairs: list[tuple[Run, Run]]) -> dict[str, tuple[list[Point], dict
         for d in paired_differences(a.path, b.path):
             lines = [next(r for r in run.results(d["kind"]) if r["step"] == step and all(r[k] == d[k] for k in same))
                      for run, step in ((a, d["step_a"]), (b, d["step"]))]
-            for metric in (name for metric in METRICS if (name := metric_name(metric, d["features"])) in d):
+            for metric in filter(d.__contains__, (metric_name(metric, d["features"]) for metric in METRICS)):
                 parts = [Measured(r[metric], Z * r[f"{metric}_stderr"]) for r in (*lines, d)]
                 bf16 = ", bf16" * (d["precision"] == "bf16")
                 name = (f"{d['kind']}, step {d['step']:,}, {d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}{bf16}: "

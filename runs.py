@@ -160,9 +160,11 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
         if env_then.get(key) != env[key]:
             raise UserError(f"{run_dir}: was started with {key} {env_then.get(key)}, and {env['device']} gives "
                             f"{env[key]}; resume it on {env_then.get('device')}")
-    for name in ("model", "ema") if saved else ():
+    if saved:
         with fits_config(run_dir):
-            build(config, "cpu")[0].load_state_dict(saved[name])
+            for name in ("model", "ema"):
+                build(config, "cpu")[0].load_state_dict(saved[name])
+            saved["optimizer"], saved["sums"]  # a milestone's file has none
     step = saved["step"] if saved else 0
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
     print(f"{run_dir}: resuming from step {step}{again}")

@@ -147,7 +147,9 @@ class _AlongProbe(TorchFunctionMode):
         if func in RULES and any(isinstance(a, Jet) for a in given):
             return RULES[func](*args, **kwargs)
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and any(isinstance(a, nn.Parameter) and a in self.jets for a in given):
+        made = result if isinstance(result, list | tuple) else [result]
+        moved = any(isinstance(a, nn.Parameter) and a in self.jets for a in given)
+        if moved and any(isinstance(r, Tensor) for r in made):
             raise NotImplementedError(f"no Taylor rule for {func} of a parameter")  # it would count as a constant
         return result
 

@@ -261,17 +261,17 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
             number = train(config, run_dir, device, images, test[:ev.profile_images], distances, saved)
     except FloatingPointError as error:
         if first():
-            kept = read_checkpoint(run_dir)[1]["step"] if checkpoint_path(run_dir).exists() else 0
-            print(f"train.py: error: {error}. No such value was saved; a resumed run starts from step {kept}. To find "
-                  f"the first bad step: {again} --set log.every=1. If it is step {kept} itself, start again with a "
-                  "lower train.lr (--overwrite)", file=sys.stderr)
+            kept = read_checkpoint(run_dir)[1]["step"] if any((run_dir / "checkpoints").glob("*.pt")) else 0
+            print(f"train.py: error: {error}. No such value was saved. A resumed run goes on from step {kept} and ends "
+                  f"in the same way, so start again with a lower train.lr (--overwrite). To find the first bad step: "
+                  f"{again} --set log.every=1", file=sys.stderr)
         return 1
     except OSError as error:  # such as a full disk
         raise UserError(f"{error}; once that is mended, resume with: {again}") from error
     if number and first():
         print(f"train.py: stopped by {signal.Signals(number).name}; resume with: {again}", file=sys.stderr)
     elif first():
-        newest = max((run_dir / "grids").glob("step_*.png"), key=lambda path: int(path.name.split("_")[1]))
+        newest = max((run_dir / "grids").glob("step_*.png"), key=lambda path: (int(path.name.split("_")[1]), path.name))
         print(f"{config.exp}: {config.train.total_steps} steps done. Samples: {newest}\n"
               f"More of them: python sample.py {run_dir}")
     return 128 + number if number else 0

@@ -169,9 +169,10 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path):
 
 def test_figures_and_comparisons_name_what_exists(tmp_path):
     assert {"min_snr", "cosine"} <= load_tables("comparisons").keys() and "frontier" in load_tables("figures")
-    for line, facts in [('rums = ["E1"]', ["rums", "runs"]), ('runs = ["E0"]', ["'E0'"]), ("runs = 5", ["list"]),
+    for line, facts in [('rums = ["E1"]', ["rums", "runs"]), ('runs = ["E0"]', ["'E0'"]), ("runs = 5", ["not a list"]),
                         ('runs = ["E1", "E2"]', ["lacks title, factor"]),
-                        ('title = "x"\nfactor = []\nruns = ["E1"]', ["two"]), ('title = ["x"]', ["one value"])]:
+                        ('title = "x"\nfactor = []\nruns = ["E1"]', ["two"]), ('title = ["x"]', ["type str"]),
+                        ("title = 5", ["type str"]), ("factor = [5]", ["type str"])]:
         (tmp_path / "mine.toml").write_text(f"{GOOD}\n[comparisons.mine]\n{line}\n")
         with pytest.raises(ConfigError) as error:
             load_tables("comparisons", tmp_path / "mine.toml")

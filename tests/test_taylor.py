@@ -113,6 +113,7 @@ def test_dropout_and_functions_without_a_rule_are_refused():
         with pytest.raises((NotImplementedError, AttributeError), match=name):
             quadratic_forms(lambda f=function: f(F.linear(torch.ones(1, 3), p)), [p], [torch.ones(3, 3)])
     q = nn.Parameter(torch.ones(3))
-    for function in (lambda h: h * q, lambda h: h + q, lambda h: h * torch.tanh(q), lambda h: h * torch.cat([q])):
+    for function in (lambda h: h * q, lambda h: h + q, lambda h: h * torch.tanh(q), lambda h: h * torch.cat([q]),
+                     lambda h: h * q.chunk(1)[0]):
         with pytest.raises((NotImplementedError, AttributeError)):  # never as a constant
             quadratic_forms(lambda f=function: f(F.linear(torch.ones(1, 3), p)), [p, q], [torch.ones(3, 3), q.data])

@@ -106,7 +106,8 @@ def swapped(base: Run, step: int, root: Path) -> dict[str, float]:
     """
     s, folder, fd, found = base.seed, root / "swap", metric_name("fd", base.config.eval.features), {}
     for path in sorted(folder.glob(f"{A}_{s}_*_step{step}.jsonl")):
-        lines = read_jsonl(path)
+        if len(lines := read_jsonl(path)) < 4:  # still being written
+            continue
         values, own = {(r["noisy"], r["clean"]): r[fd] for r in lines}, lines[0]
         if (B, B) in values:
             found |= {name: values[pair] / own[fd] for name, pair in SWAPS.items()}
@@ -328,7 +329,7 @@ def course(arms: Arms) -> str:
     return "" if not found else (
         f"Seeds past step {arms.step:,}: Fréchet distance of both arms ({how}), its change with the 95 % interval of\n"
         "the samples, the change of KID, the spread of mean colours in both arms, and the changes of the held-out\n"
-        "eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only.\n\n"
+        "eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the swap's own n).\n\n"
         f"{table(header, found)}\n")
 
 

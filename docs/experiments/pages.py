@@ -27,8 +27,8 @@ def generated_block(exp: str) -> str:
     profile = ", ".join(f"`{key}`\xa0=\xa0{json.dumps(value)}".replace(", ", ",\xa0")
                         for key, value in flatten(load_config(exp, profile="study")).items()
                         if value != flatten(config)[key])
-    profile = fill(f"The profile sets {profile}. Where the text below has other numbers, these hold.", 120,
-                   break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
+    profile = f"The profile sets {profile}. Where hypothesis, metrics or criteria have other numbers, these hold."
+    profile = fill(profile, 120, break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
     changes = "\n".join([f"| key | {first} | {exp} |", "|---|---|---|", *rows]) if rows else (
         "All keys are as in `[defaults]` of [experiments.toml](../../experiments.toml).")
     return "\n\n".join([MARKS[0], f"**Question.** {config.question}", changes,
