@@ -210,6 +210,7 @@ def test_bytes_of_noise_in_logs_and_config(run_dir):
         (run_dir / name).write_bytes(good)
 
 
+@pytest.mark.filterwarnings("ignore:.*the covariance is singular")
 def test_a_foreign_run_does_not_choose_where_is_written(run_dir, tmp_path):
     config = json.loads((run_dir / "config.json").read_text())
     config["eval"]["stats_root"], config["data"]["root"] = str(tmp_path / "theirs"), str(tmp_path / "theirs")

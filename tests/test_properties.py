@@ -160,6 +160,7 @@ def test_a_checkpoint_cut_or_changed_anywhere_is_passed_over(data):
 
 # ---- moments and distances ----
 
+@pytest.mark.filterwarnings("ignore:.*the covariance is singular")
 @holds_for(st.integers(0, 2**32 - 1), st.integers(2, 60), st.integers(1, 6), st.floats(-1e4, 1e4), st.data())
 def test_moments_do_not_depend_on_how_the_samples_come(seed, n, dim, shift, data):
     x = np.random.default_rng(seed).normal(size=(n, dim)) * 10.0 ** np.arange(-2, dim - 2) + shift
