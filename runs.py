@@ -144,7 +144,7 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
     started, saved = Run(run_dir).config, None
     logs = {path: read_jsonl(path) for name in LOGS if (path := run_dir / name).exists()}
     reached = max((r["step"] for records in logs.values() for r in records), default=0)
-    if any((run_dir / "checkpoints").glob("*.pt")):
+    if has_checkpoint(run_dir):
         started, saved = read_checkpoint(run_dir)
     elif reached > min(started.train.checkpoint_every, started.eval.every, started.train.total_steps):
         raise UserError(f"{run_dir}: its logs reach step {reached}, but its checkpoints are gone; put them back, or "
@@ -161,9 +161,10 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
             raise UserError(f"{run_dir}: was started with {key} {env_then.get(key)}, and {env['device']} gives "
                             f"{env[key]}; resume it on {env_then.get('device')}")
     if saved:
+        network = build(config, "cpu")[0]
         with fits_config(run_dir):
             for name in ("model", "ema"):
-                build(config, "cpu")[0].load_state_dict(saved[name])
+                network.load_state_dict(saved[name])
             saved["optimizer"], saved["sums"]  # a milestone's file has none
     step = saved["step"] if saved else 0
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
@@ -215,6 +216,10 @@ def weights_of(config: Config, diffusion: Diffusion) -> torch.Tensor:
 def checkpoint_path(run_dir: Path, step: int | None = None) -> Path:
     """The newest checkpoint, or the weights (raw and EMA) of milestone `step`, which are kept for good."""
     return run_dir / "checkpoints" / (LAST if step is None else f"step_{step:06d}.pt")
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("*.pt"))
 
 
 def read_checkpoint(run_dir: Path, device="cpu", step: int | None = None) -> tuple[Config, dict]:

@@ -37,7 +37,17 @@ from fid import feature_network
 from model import UNet
 from parallel import DEVICE, first, from_first, gathered, precision, rank, share, world
 from rng import generator, seed_global
-from runs import append_jsonl, build, check_start, checkpoint_path, fits_config, read_checkpoint, start, weights_of
+from runs import (
+    append_jsonl,
+    build,
+    check_start,
+    checkpoint_path,
+    fits_config,
+    has_checkpoint,
+    read_checkpoint,
+    start,
+    weights_of,
+)
 
 # ---- one training step ----
 
@@ -261,7 +271,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
             number = train(config, run_dir, device, images, test[:ev.profile_images], distances, saved)
     except FloatingPointError as error:
         if first():
-            kept = read_checkpoint(run_dir)[1]["step"] if any((run_dir / "checkpoints").glob("*.pt")) else 0
+            kept = read_checkpoint(run_dir)[1]["step"] if has_checkpoint(run_dir) else 0
             print(f"train.py: error: {error}. No such value was saved. A resumed run goes on from step {kept} and ends "
                   f"in the same way, so start again with a lower train.lr (--overwrite). To find the first bad step: "
                   f"{again} --set log.every=1", file=sys.stderr)

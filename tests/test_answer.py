@@ -132,25 +132,31 @@ def test_table_of_the_corrected_colours(runs, tmp_path, capsys):
 
 def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
     for exp, fd in (("E1", 200.0), ("E2", 190.0)):
+        log = runs / exp / "seed1078" / "results.jsonl"
+        log.write_text(json.dumps(Run(log.parent).results("milestone")[0]) + "\n")
         path = runs / exp / "seed1077"
         (early,), step = Run(path).results("milestone"), STEP + 10
         early |= {"samples/channel_mean_sd": fd / 4}
         late = early | {"step": step, "val/fd_lite0": fd, "val/kid_lite0": fd / 100}
         profile = {"step": step, "n": 8, "t": [0, 500], "eps_mse_ema": [fd**2, 0.5]}
-        (path / "results.jsonl").write_text(f"{json.dumps(early)}\n{json.dumps(late)}\n")
+        final = late | {"kind": "final", "n": 2 * early["n"], "val/fd_lite0": fd + 10}
+        (path / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (early, late, final)))
         with open(path / "per_t.jsonl", "a") as file:
             file.write(json.dumps(profile) + "\n")
         pull = np.array([100.0, 200, 400, 600] * (early["n"] // 4)) * fd / 200  # paired differences: 5, 10, 20, 30
-        np.savez(influence_path(path, late), **{"val/fd_lite0": pull, "val/kid_lite0": pull})
+        for line, times in ((late, 1), (final, 2)):
+            pulls = np.tile(pull, times)
+            np.savez(influence_path(path, line), **{"val/fd_lite0": pulls, "val/kid_lite0": pulls})
     add_swap(runs, 1077, ["E1", "E2"], [0, 20, -10, 4], STEP + 10)
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
-    assert f"Step {STEP:,}, E2" in text and f"Seeds past step {STEP:,}: Fréchet distance of both arms (DDPM 50" in text
+    assert f"Step {STEP:,}, E2" in text and f"Seeds past step {STEP:,}: Fréchet distance of n samples" in text
     error = 1.96 * np.std([5, 10, 20, 30] * (early["n"] // 4), ddof=1) / early["n"]**0.5 / 2
     assert error > 1
-    assert (f"| 1077 | {STEP + 10} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | 50.0, 47.5 | -9.8 % | -5.0 % | "
-            "+10.0 % |") in text
-    assert f"| 1077 | {STEP} | 300.0 | 330.0 | +10.0 ±" in text and "| 1078 |" not in text
+    assert (f"| 1077 | {STEP + 10} | {early['n']} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | 50.0, 47.5 | "
+            "-9.8 % | -5.0 % | +10.0 % |") in text
+    assert f"| 1077 | {STEP + 10} | {2 * early['n']} | 210.0 | 200.0 | -4.8 ±" in text
+    assert f"| 1077 | {STEP} | {early['n']} | 300.0 | 330.0 | +10.0 ±" in text and "| 1078 |" not in text
 
 
 def test_a_final_distance_is_never_compared_with_a_milestone(runs, tmp_path, capsys):

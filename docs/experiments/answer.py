@@ -309,27 +309,31 @@ def colours(root: Path) -> str:
 
 
 def course(arms: Arms) -> str:
-    """A table of the milestones of seeds that have gone past the step of all pairs; "" if none has."""
+    """A table of the distances of seeds that have gone past the step of all pairs; "" if none has."""
     found, times = [], sorted(profile(arms.pairs[0][0], arms.step).keys() & {0, 130, 999})
     for base, arm in arms.pairs:
-        points = changes(base, arm, "milestone")
         fd, kid = (metric_name(metric, base.config.eval.features) for metric in ("fd", "kid"))
-        for d in points if points[-1]["step"] > arms.step else []:
+        points = [d for kind in ("milestone", "final") for d in changes(base, arm, kind)
+                  if d["sampler"] == base.config.eval.sampler]
+        for d in points if max(d["step"] for d in points) > arms.step else []:
             step = d["step"]
-            one, two = ({r["step"]: r for r in run.results("milestone")}[step] for run in (base, arm))
+            one, two = (next(r for r in run.results(d["kind"]) if (r["step"], r["sampler"]) == (step, d["sampler"]))
+                        for run in (base, arm))
             errors, hybrids = [profile(run, step) for run in (base, arm)], swapped(base, step, arms.root)
-            found.append([str(base.seed), f"{step:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
+            found.append([str(base.seed), f"{step:,}", f"{d['n']:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
                           f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
-                          f"{100 * (two[kid] / one[kid] - 1):+.1f} %", f"{one[SPREAD[0]]:.1f}, {two[SPREAD[0]]:.1f}",
+                          f"{100 * (two[kid] / one[kid] - 1):+.1f} %",
+                          ", ".join(f"{r[SPREAD[0]]:.1f}" for r in (one, two) if SPREAD[0] in r),
                           *(f"{100 * (errors[1][t] / errors[0][t] - 1):+.1f} %" for t in times),
                           *(percent([hybrids[name]]) if name in hybrids else "" for name in (ABOVE, BELOW))])
-            how = f"{d['sampler'].upper()} {d['nfe']}, n = {d['n']:,}, {d['features']}"
-    header = ["seed", "step", "vanilla", "Min-SNR", "change", "KID", "colour spread",
+            how = f"{d['sampler'].upper()} {d['nfe']}, {d['features']}"
+    header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "KID", "colour spread",
               *(f"eps-MSE, t = {t}" for t in times), ABOVE, BELOW]
     return "" if not found else (
-        f"Seeds past step {arms.step:,}: Fréchet distance of both arms ({how}), its change with the 95 % interval of\n"
-        "the samples, the change of KID, the spread of mean colours in both arms, and the changes of the held-out\n"
-        "eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the swap's own n).\n\n"
+        f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), its change with the 95 %\n"
+        "interval of the samples, the change of KID, the spread of mean colours in both arms, and the changes of the\n"
+        "held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the swap's\n"
+        "own n).\n\n"
         f"{table(header, found)}\n")
 
 
