@@ -48,6 +48,8 @@ def test_two_seeds_of_one_experiment_are_swapped_at_a_milestone(two_runs, run_tr
     assert {(r["step"], r["seed"], r["n"]) for r in lines} == {(6, 1077, 10)}
     assert len({r["val/fid"] for r in lines}) == 4
     assert lines[0]["val/fid"] == swap.swap(two_runs, at=500, n=10, milestone=6)[0]["val/fid"]
+    more = swap.swap(two_runs, at=500, n=10, nfe=3, milestone=6)
+    assert more[0]["nfe"] == 3 and more[0]["val/fid"] != lines[0]["val/fid"]
     with pytest.raises(UserError, match="seed"):
         swap.swap([other, two_runs[1]], at=500)
 
@@ -77,6 +79,9 @@ def test_what_cannot_be_swapped_is_refused(two_runs, run_train, tmp_path):
     other = run_train("E6", *WITH_FID, "diffusion.prediction=v", f"eval.stats_root='{tmp_path}/s'", out="c")
     with pytest.raises(UserError, match="diffusion.prediction"):
         swap.swap([two_runs[0], other], at=500)
+    for nfe in (0, 1001):
+        with pytest.raises(UserError, match=f"--nfe {nfe}.*1000"):
+            swap.swap(two_runs, at=500, nfe=nfe)
     with pytest.raises(UserError, match="--at 1000.*999"):
         swap.swap(two_runs, at=1000)
     for n in (-3, 0, 1):

@@ -5,8 +5,8 @@
 Prints a line for each of the four combinations (network of t >= AT, network of t < AT): its distances, their paired
 differences from the first run's own samples, and the spread of the samples' colours and their texture. Both runs must
 share data, schedule and seed, or be two seeds of one experiment, which are then named such as E1/1078. All samples
-start from the noise of the first run's seed. NFE and features are those of its milestones, and so are n and sampler
-unless given.
+start from the noise of the first run's seed. Features are those of its milestones, and so are n, sampler and NFE unless
+given.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Switched(nn.Module):
         return (self.noisy if t[0] >= self.at else self.clean)(x_t, t)
 
 
-def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None,
+def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None, nfe: int | None = None,
          data_root: str | None = None, stats_root: str | None = None, milestone: int | None = None) -> list[dict]:
     """The four lines. Raises UserError."""
     loaded = [load_run(run_dir, "cpu", milestone) for run_dir in run_dirs]
@@ -63,11 +63,14 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
     n = config.eval.n_samples if n is None else n
     if n < 2:
         raise UserError(f"--n {n}: must be 2 or more")
+    nfe = config.eval.nfe if nfe is None else nfe
+    if not 1 <= nfe <= diffusion.T:
+        raise UserError(f"--nfe {nfe}: must be from 1 to T = {diffusion.T}")
     data_root, stats_root = data_root or default("data.root"), stats_root or default("eval.stats_root")
     train, test = (load_images(config.data.name, data_root, split) for split in (True, False))
     network = feature_network(config.eval.features, default("eval.inception_weights"), "cpu")
     distances = Distances(network, config.data.name, train, test, stats_root)
-    sampler, nfe = sampler or config.eval.sampler, config.eval.nfe
+    sampler = sampler or config.eval.sampler
     used = precision(config.eval.amp, torch.device("cpu"))
     arms, lines, own = dict(zip(names, (first, second), strict=True)), [], None
     for noisy, clean in product(arms, arms):
@@ -92,10 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, help="the first run's milestone number by default")
     parser.add_argument("--step", type=int, help="a milestone of both runs; their last checkpoints by default")
     parser.add_argument("--sampler", choices=SAMPLERS)
+    parser.add_argument("--nfe", type=int, help="network calls per sample, 1 to T")
     parser.add_argument("--data-root", help="folder of CIFAR-10; that of experiments.toml by default")
     parser.add_argument("--stats-root", help="folder of reference statistics; that of experiments.toml by default")
     args = parser.parse_args(argv)
-    swap(args.run_dirs, args.at, args.n, args.sampler, args.data_root, args.stats_root, milestone=args.step)
+    swap(args.run_dirs, args.at, args.n, args.sampler, args.nfe, args.data_root, args.stats_root, milestone=args.step)
     return 0
 
 
