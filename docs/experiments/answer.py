@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from check import AT, EXPS, training
 
 from checkpoint import replace_file
+from diffusion import spaced_timesteps
 from errors import UserError, run_script
 from fid import metric_name
 from plots import changes, looks, save
@@ -337,6 +338,26 @@ def course(arms: Arms) -> str:
         f"{table(header, found)}\n")
 
 
+def calls(arms: Arms) -> str:
+    """A table of the swaps at several NFE, RUNS/swap/*_nfe*.jsonl and those at the runs' own NFE; "" if none is."""
+    found, others = [], list((arms.root / "swap").glob("*_nfe*.jsonl"))
+    for path in {*others, *(path.with_name(path.name.split("_nfe")[0] + ".jsonl") for path in others)}:
+        if len(lines := read_jsonl(path)) < 4:  # still being written
+            continue
+        own, by_networks = lines[0], {(r["noisy"], r["clean"]): r for r in lines}
+        T, fd = arms.pairs[0][0].config.diffusion.num_timesteps, metric_name("fd", own["features"])
+        clean = sum(spaced_timesteps(T, own["nfe"]) < own["at"])
+        found.append([own["seed"], own["step"], own["nfe"], int(clean), own["n"], f"{own[fd]:.1f}",
+                      *(f"{100 * r[f'{fd}_difference'] / own[fd]:+.1f} ± "
+                        f"{196 * r[f'{fd}_difference_stderr'] / own[fd]:.1f} %"
+                        for r in (by_networks[networks] for networks in SWAPS.values()))])
+        how = f"{own['sampler'].upper()}, {own['features']}; 95 % intervals of the samples"
+    header = ["seed", "step", "NFE", "of them below t = 130", "n", "vanilla", *SWAPS]
+    return f"Changes of the Fréchet distance with the number of network calls ({how}).\n\n" + table(
+        header, [[f"{x:,}" if i in (1, 4) else str(x) for i, x in enumerate(row)] for row in sorted(found)]
+        ) + "\n" if found else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
@@ -350,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
             "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
             "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
-    text = "\n".join(filter(None, (text, course(arms), colours(args.runs))))
+    text = "\n".join(filter(None, (text, course(arms), calls(arms), colours(args.runs))))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
