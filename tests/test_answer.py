@@ -148,6 +148,21 @@ def test_table_of_the_swaps_at_several_numbers_of_calls(runs, tmp_path, capsys):
     assert len(lines) == 6  # that of NFE 10 is still being written
 
 
+def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
+    (runs / "blur").mkdir()
+    lines = [{"step": 50, "exp": exp, "seed": 1077, "square": square, "n": 1000, "features": "lite0", "sampler": "ddpm",
+              "nfe": 50, "val/fd_lite0": 200 + change, "val/kid_lite0": 0.5 + change / 100,
+              "val/fd_lite0_difference": change, "val/kid_lite0_difference": change / 100,
+              "val/fd_lite0_difference_stderr": 1.0, "val/kid_lite0_difference_stderr": 0.005}
+             for square, exp, change in ((1, "E1", 0), (1, "E2", 20), (2, "E1", 0), (2, "E2", -10), (4, "E1", 0))]
+    (runs / "blur" / "E1_E2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "answer.md").read_text()
+    assert "| 1077 | 50 | 1 x 1 | 1,000 | 200.0 | 220.0 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |" in text
+    assert "| 1077 | 50 | 2 x 2 | 1,000 | 200.0 | 190.0 | -5.0 ± 1.0 % | -20.0 ± 2.0 % |" in text
+    assert "4 x 4" not in text  # one arm is still being measured
+
+
 def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
     for exp, fd in (("E1", 200.0), ("E2", 190.0)):
         log = runs / exp / "seed1078" / "results.jsonl"

@@ -338,6 +338,27 @@ def course(arms: Arms) -> str:
         f"{table(header, found)}\n")
 
 
+def relative(r: dict, own: dict, key: str) -> str:
+    """The change of a distance from that of the samples `own`, with the 95 % interval of paired samples."""
+    return f"{100 * r[f'{key}_difference'] / own[key]:+.1f} ± {196 * r[f'{key}_difference_stderr'] / own[key]:.1f} %"
+
+
+def blurs(root: Path) -> str:
+    """A table of what blur.py has logged in RUNS/blur; "" if there is nothing."""
+    found = []
+    for path in sorted((root / "blur").glob("*.jsonl")):
+        lines = read_jsonl(path)
+        for own, r in zip(lines[::2], lines[1::2], strict=False):  # the last partner may still be being measured
+            fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
+            found.append([str(r["seed"]), f"{r['step']:,}", f"{r['square']} x {r['square']}", f"{r['n']:,}",
+                          f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
+            how = f"{r['sampler'].upper()} {r['nfe']}, {r['features']}"
+    header = ["seed", "step", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
+    return "" if not found else (
+        f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so that\n"
+        "all lack the same detail. 95 % intervals of the samples.\n\n" + table(header, found) + "\n")
+
+
 def calls(arms: Arms) -> str:
     """A table of the swaps at several NFE, RUNS/swap/*_nfe*.jsonl and those at the runs' own NFE; "" if none is."""
     found, others = [], list((arms.root / "swap").glob("*_nfe*.jsonl"))
@@ -348,9 +369,7 @@ def calls(arms: Arms) -> str:
         T, fd = arms.pairs[0][0].config.diffusion.num_timesteps, metric_name("fd", own["features"])
         clean = sum(spaced_timesteps(T, own["nfe"]) < own["at"])
         found.append([own["seed"], own["step"], own["nfe"], int(clean), own["n"], f"{own[fd]:.1f}",
-                      *(f"{100 * r[f'{fd}_difference'] / own[fd]:+.1f} ± "
-                        f"{196 * r[f'{fd}_difference_stderr'] / own[fd]:.1f} %"
-                        for r in (by_networks[networks] for networks in SWAPS.values()))])
+                      *(relative(by_networks[networks], own, fd) for networks in SWAPS.values())])
         how = f"{own['sampler'].upper()}, {own['features']}; 95 % intervals of the samples"
     header = ["seed", "step", "NFE", "of them below t = 130", "n", "vanilla", *SWAPS]
     return f"Changes of the Fréchet distance with the number of network calls ({how}).\n\n" + table(
@@ -371,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
             "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
             "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
-    text = "\n".join(filter(None, (text, course(arms), calls(arms), colours(args.runs))))
+    text = "\n".join(filter(None, (text, course(arms), calls(arms), blurs(args.runs), colours(args.runs))))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"

@@ -1,0 +1,77 @@
+"""Is the difference between two arms in the fine detail? Their distances after all images have lost it.
+
+    python docs/experiments/blur.py runs/E1/seed1077 runs/E2/seed1077 --step 10000 > blur.jsonl
+
+Samples of both runs, from the same noise, and the training images are averaged over squares of 1, 2 and 4 pixels, and
+enlarged again. Prints a line for each square and run: distances, and their paired differences from the first run. The
+reference is the first 10,000 training images.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from config import default
+from data import load_images
+from distances import Distances, extract_shared
+from errors import UserError, run_script
+from evaluate import sample_images
+from fid import feature_network
+from parallel import precision
+from runs import load_run, paired_stderr
+
+SQUARES = (1, 2, 4)  # pixels
+REFERENCE = 10_000   # training images
+
+
+def blurred(images: Tensor, square: int) -> Tensor:
+    """uint8 (N, 3, H, W) without the detail inside of squares: averages, then bilinear interpolation."""
+    return torch.cat([F.interpolate(F.avg_pool2d(part.float(), square), scale_factor=square, mode="bilinear")
+                      .round().to(torch.uint8) for part in images.split(1000)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
+    parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
+    parser.add_argument("--stats-root", type=Path, default=Path(default("eval.stats_root")),
+                        help="folder of reference statistics")
+    args = parser.parse_args(argv)
+    runs = [load_run(run_dir, "cpu", args.step) for run_dir in args.run_dirs]
+    (config, step, *_), (other, other_step, *_) = runs
+    if (config.seed, config.data.name, step) != (other.seed, other.data.name, other_step):
+        raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]} differ in seed, data or step")
+    if config.eval.features == "none" or args.n < 2:
+        raise UserError(f"{args.run_dirs[0]}: needs eval.features, and --n of 2 or more")
+    train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
+    network = feature_network(config.eval.features, default("eval.inception_weights"), "cpu")
+    ev, used = config.eval, precision(config.eval.amp, torch.device("cpu"))
+    samples = {run.config.exp: sample_images(run.ema, run.diffusion, args.n, ev.sampler, ev.nfe, config.seed, used,
+                                             run.config.exp) for run in runs}
+    for square in SQUARES:
+        distances, first = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
+                                     blurred(test, square), args.stats_root / f"square{square}"), None
+        for exp, images in samples.items():
+            images = blurred(images, square)
+            record, estimates = distances.measure(images, extract_shared(network, images))
+            first = first or (record, estimates)
+            line = {"exp": exp, "seed": config.seed, "step": step, "square": square, "sampler": ev.sampler,
+                    "nfe": ev.nfe, "precision": used, **record}
+            for name, estimate in estimates.items():
+                line |= {f"{name}_difference": record[name] - first[0][name],
+                         f"{name}_difference_stderr": paired_stderr(estimate.influence, first[1][name].influence)}
+            print(json.dumps(line), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,48 @@
+"""docs/experiments/blur.py: distances after all images have lost their detail."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_network
+
+from data import make_shapes
+from errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
+import blur
+
+
+def test_detail_inside_of_a_square_is_lost_and_the_rest_stays():
+    images = make_shapes(8)
+    assert torch.equal(blur.blurred(images, 1), images)
+    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 200  # single pixels of 0 and 200
+    assert (blur.blurred(board.to(torch.uint8).expand(2, 3, 32, 32), 2) == 100).all()
+    halves = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    halves[..., 16:] = 200  # an edge between two squares is softened within one pixel on both sides
+    assert blur.blurred(halves, 2)[0, 0, 5].unique().tolist() == [0, 50, 150, 200]
+
+
+def test_command(run_train, tmp_path, monkeypatch, capsys):
+    for module in ("train.feature_network", "evaluate.feature_network"):
+        monkeypatch.setattr(module, tiny_network)
+    monkeypatch.setattr(blur, "feature_network", tiny_network)
+    stats = ["eval.features=inception", "eval.n_samples=20", "eval.final_n_samples=20",
+             f"eval.stats_root='{tmp_path}/s'"]
+    runs = [str(run_train(exp, *stats)) for exp in ("E5", "E6")]
+    capsys.readouterr()
+    assert blur.main([*runs, "--n", "20", "--step", "6", "--stats-root", str(tmp_path / "b")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["square"], r["exp"], r["step"]) for r in lines] == [
+        (square, exp, 6) for square in (1, 2, 4) for exp in ("E5", "E6")]
+    for baseline, arm in zip(lines[::2], lines[1::2], strict=True):
+        assert baseline["val/fid_difference"] == 0 < arm["val/fid_difference_stderr"]
+        assert arm["val/fid_difference"] == arm["val/fid"] - baseline["val/fid"]
+    rms, data = ([r[key] for r in lines[::2]] for key in ("samples/neighbour_rms", "samples/neighbour_rms_train"))
+    assert rms[0] > rms[1] > rms[2] and data[0] > data[1] > data[2]
+    with pytest.raises(UserError, match="--n"):
+        blur.main([*runs, "--n", "1"])
+    with pytest.raises(UserError, match="seed"):
+        blur.main([runs[0], str(run_train("E6", *stats, seed=5))])
