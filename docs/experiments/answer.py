@@ -360,21 +360,21 @@ def blurs(root: Path) -> str:
 
 
 def calls(arms: Arms) -> str:
-    """A table of the swaps at several NFE, RUNS/swap/*_nfe*.jsonl and those at the runs' own NFE; "" if none is."""
-    found, others = [], list((arms.root / "swap").glob("*_nfe*.jsonl"))
-    for path in {*others, *(path.with_name(path.name.split("_nfe")[0] + ".jsonl") for path in others)}:
+    """A table of the swaps at several NFE that are logged in RUNS/swap/*_nfe*.jsonl; "" if there are none."""
+    found = []
+    for path in (arms.root / "swap").glob("*_nfe*.jsonl"):
         if len(lines := read_jsonl(path)) < 4:  # still being written
             continue
         own, by_networks = lines[0], {(r["noisy"], r["clean"]): r for r in lines}
         T, fd = arms.pairs[0][0].config.diffusion.num_timesteps, metric_name("fd", own["features"])
-        clean = sum(spaced_timesteps(T, own["nfe"]) < own["at"])
-        found.append([own["seed"], own["step"], own["nfe"], int(clean), own["n"], f"{own[fd]:.1f}",
-                      *(relative(by_networks[networks], own, fd) for networks in SWAPS.values())])
+        clean = sum(t < own["at"] for t in spaced_timesteps(T, own["nfe"]).tolist())
+        found.append((own["seed"], own["step"], own["nfe"], clean, own["n"], f"{own[fd]:.1f}",
+                      *(relative(by_networks[networks], own, fd) for networks in SWAPS.values())))
         how = f"{own['sampler'].upper()}, {own['features']}; 95 % intervals of the samples"
     header = ["seed", "step", "NFE", "of them below t = 130", "n", "vanilla", *SWAPS]
-    return f"Changes of the Fréchet distance with the number of network calls ({how}).\n\n" + table(
-        header, [[f"{x:,}" if i in (1, 4) else str(x) for i, x in enumerate(row)] for row in sorted(found)]
-        ) + "\n" if found else ""
+    return "" if not found else (
+        f"Changes of the Fréchet distance with the number of network calls ({how}).\n\n"
+        + table(header, [[str(seed), f"{step:,}", *map(str, rest)] for seed, step, *rest in sorted(found)]) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
