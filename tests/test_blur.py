@@ -44,5 +44,7 @@ def test_command(run_train, tmp_path, monkeypatch, capsys):
     assert rms[0] > rms[1] > rms[2] and data[0] > data[1] > data[2]
     with pytest.raises(UserError, match="--n"):
         blur.main([*runs, "--n", "1"])
+    with pytest.raises(UserError, match="both of E5"):
+        blur.main([runs[0], runs[0]])
     with pytest.raises(UserError, match="seed"):
         blur.main([runs[0], str(run_train("E6", *stats, seed=5))])

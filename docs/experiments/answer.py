@@ -316,10 +316,10 @@ def course(arms: Arms) -> str:
         fd, kid = (metric_name(metric, base.config.eval.features) for metric in ("fd", "kid"))
         points = [d for kind in ("milestone", "final") for d in changes(base, arm, kind)
                   if d["sampler"] == base.config.eval.sampler]
-        for d in points if max(d["step"] for d in points) > arms.step else []:
+        for d in points if max((d["step"] for d in points), default=0) > arms.step else []:
             step = d["step"]
-            one, two = (next(r for r in run.results(d["kind"]) if (r["step"], r["sampler"]) == (step, d["sampler"]))
-                        for run in (base, arm))
+            one, two = (next(r for r in run.results(d["kind"]) if r["step"] == at and all(
+                r[key] == d[key] for key in ("sampler", "nfe", "n"))) for run, at in ((base, d["step_a"]), (arm, step)))
             errors, hybrids = [profile(run, step) for run in (base, arm)], swapped(base, step, arms.root)
             found.append([str(base.seed), f"{step:,}", f"{d['n']:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
                           f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
@@ -360,9 +360,9 @@ def blurs(root: Path) -> str:
 
 
 def calls(arms: Arms) -> str:
-    """A table of the swaps at several NFE that are logged in RUNS/swap/*_nfe*.jsonl; "" if there are none."""
+    """A table of the swaps at several NFE that are logged in RUNS/swap/E1_*_E2_*_nfe*.jsonl; "" if there are none."""
     found = []
-    for path in (arms.root / "swap").glob("*_nfe*.jsonl"):
+    for path in (arms.root / "swap").glob(f"{A}_*_{B}_*_nfe*.jsonl"):
         if len(lines := read_jsonl(path)) < 4:  # still being written
             continue
         own, by_networks = lines[0], {(r["noisy"], r["clean"]): r for r in lines}

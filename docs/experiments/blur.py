@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     (config, step, *_), (other, other_step, *_) = runs
     if (config.seed, config.data.name, step) != (other.seed, other.data.name, other_step):
         raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]} differ in seed, data or step")
+    if config.exp == other.exp:
+        raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]}: both of {config.exp}; give two experiments")
     if config.eval.features == "none" or args.n < 2:
         raise UserError(f"{args.run_dirs[0]}: needs eval.features, and --n of 2 or more")
     train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
