@@ -4,7 +4,7 @@
 
 Samples of both runs, from the same noise, and the training images are averaged over squares of 1, 2 and 4 pixels, and
 enlarged again. Prints a line for each square and run: distances, and their paired differences from the first run. The
-reference is the first 10,000 training images.
+reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise as it is.
 """
 
 import argparse
