@@ -315,11 +315,10 @@ def course(arms: Arms) -> str:
     for base, arm in arms.pairs:
         fd, kid = (metric_name(metric, base.config.eval.features) for metric in ("fd", "kid"))
         points = [d for kind in ("milestone", "final") for d in changes(base, arm, kind)
-                  if d["sampler"] == base.config.eval.sampler]
+                  if d["sampler"] == base.config.eval.sampler and d["step"] == d["step_a"]]
         for d in points if max((d["step"] for d in points), default=0) > arms.step else []:
             step = d["step"]
-            one, two = (next(r for r in run.results(d["kind"]) if r["step"] == at and all(
-                r[key] == d[key] for key in ("sampler", "nfe", "n"))) for run, at in ((base, d["step_a"]), (arm, step)))
+            one, two = (distance(run, arms._replace(step=step, kind=d["kind"])) for run in (base, arm))
             errors, hybrids = [profile(run, step) for run in (base, arm)], swapped(base, step, arms.root)
             found.append([str(base.seed), f"{step:,}", f"{d['n']:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
                           f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from swap import differences
+
 from config import default
 from data import load_images
 from distances import Distances, extract_shared
@@ -24,7 +26,7 @@ from errors import UserError, run_script
 from evaluate import sample_images
 from fid import feature_network
 from parallel import precision
-from runs import load_run, paired_stderr
+from runs import load_run
 
 SQUARES = (1, 2, 4)  # pixels
 REFERENCE = 10_000   # training images
@@ -60,17 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     samples = {run.config.exp: sample_images(run.ema, run.diffusion, args.n, ev.sampler, ev.nfe, config.seed, used,
                                              run.config.exp) for run in runs}
     for square in SQUARES:
-        distances, first = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
-                                     blurred(test, square), args.stats_root / f"square{square}"), None
+        distances, own = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
+                                   blurred(test, square), args.stats_root / f"square{square}"), None
         for exp, images in samples.items():
             images = blurred(images, square)
             record, estimates = distances.measure(images, extract_shared(network, images))
-            first = first or (record, estimates)
+            own = own or estimates
             line = {"exp": exp, "seed": config.seed, "step": step, "square": square, "sampler": ev.sampler,
-                    "nfe": ev.nfe, "precision": used, **record}
-            for name, estimate in estimates.items():
-                line |= {f"{name}_difference": record[name] - first[0][name],
-                         f"{name}_difference_stderr": paired_stderr(estimate.influence, first[1][name].influence)}
+                    "nfe": ev.nfe, "precision": used, **record, **differences(estimates, own)}
             print(json.dumps(line), flush=True)
     return 0
 

@@ -25,7 +25,7 @@ from diffusion import SAMPLERS
 from distances import Distances, extract_shared
 from errors import UserError, run_script
 from evaluate import sample_images
-from fid import feature_network
+from fid import Estimate, feature_network
 from parallel import precision
 from runs import load_run, paired_stderr
 
@@ -42,6 +42,15 @@ class Switched(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return (self.noisy if t[0] >= self.at else self.clean)(x_t, t)
+
+
+def differences(estimates: dict[str, Estimate], own: dict[str, Estimate]) -> dict[str, float]:
+    """The paired differences of all metrics from those of the samples `own`, and their standard errors."""
+    found = {}
+    for name, estimate in estimates.items():
+        found[f"{name}_difference"] = estimate.value - own[name].value
+        found[f"{name}_difference_stderr"] = paired_stderr(estimate.influence, own[name].influence)
+    return found
 
 
 def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | None = None, nfe: int | None = None,
@@ -77,13 +86,9 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
         samples = sample_images(Switched(arms[noisy], arms[clean], at), diffusion, n, sampler, nfe, config.seed,
                                 used, f"{noisy}, {clean}")
         record, estimates = distances.measure(samples, extract_shared(network, samples))
-        own = own or (record, estimates)
-        line = {"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed,
-                "sampler": sampler, "nfe": nfe, "precision": used, **record}
-        for name, estimate in estimates.items():
-            line |= {f"{name}_difference": record[name] - own[0][name],
-                     f"{name}_difference_stderr": paired_stderr(estimate.influence, own[1][name].influence)}
-        lines.append(line)
+        own = own or estimates
+        lines.append({"noisy": noisy, "clean": clean, "at": at, "step": step, "seed": config.seed, "sampler": sampler,
+                      "nfe": nfe, "precision": used, **record, **differences(estimates, own)})
         print(json.dumps(lines[-1]), flush=True)
     return lines
 
