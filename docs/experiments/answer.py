@@ -376,6 +376,27 @@ def calls(arms: Arms) -> str:
         + table(header, [[str(seed), f"{step:,}", *map(str, rest)] for seed, step, *rest in sorted(found)]) + "\n")
 
 
+def gradients(root: Path) -> str:
+    """A table of what gradient.py has logged in RUNS/gradient; "" if there is nothing."""
+    found = []
+    for path in (root / "gradient").glob(f"{A}_*_{B}_*.jsonl"):
+        if len(lines := read_jsonl(path)) < 4:  # still being written
+            continue
+        own, crossed, _, arm = lines  # crossed: the network of the baseline, the loss of the arm
+        scales = [f"{r['noise_scale']:.1f} ± {1.96 * r['noise_scale_stderr']:.1f}" for r in (own, arm)]
+        changed = [f"{100 * (r['noise_scale_ratio'] - 1):+.0f} ± {196 * r['noise_scale_ratio_stderr']:.0f} %"
+                   for r in (arm, crossed)]
+        shares = [f"{100 * r['noise_share']:.0f} %" for r in (own, arm)]
+        found.append((own["seed"], own["step"], own["n"], *scales, *changed, *shares))
+    header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "by the loss alone, at vanilla's weights",
+              "vanilla: from t < 130", "Min-SNR: from t < 130"]
+    return "" if not found else (
+        "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2 of single examples: the batch size at\n"
+        "which noise and signal are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. 95 %\n"
+        "intervals of n examples, which are the same for all networks.\n\n"
+        + table(header, [[str(seed), f"{step:,}", f"{n:,}", *rest] for seed, step, n, *rest in sorted(found)]) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
@@ -389,7 +410,8 @@ def main(argv: list[str] | None = None) -> int:
             "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
             "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
-    text = "\n".join(filter(None, (text, course(arms), calls(arms), blurs(args.runs), colours(args.runs))))
+    text = "\n".join(filter(None, (text, course(arms), gradients(args.runs), calls(arms), blurs(args.runs),
+                                    colours(args.runs))))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
