@@ -389,7 +389,7 @@ def gradients(root: Path) -> str:
         shares = [f"{100 * r['noise_share']:.0f} %" for r in (own, arm)]
         found.append((own["seed"], own["step"], own["n"], *scales, *changed, *shares))
     header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "by the loss alone, at vanilla's weights",
-              "vanilla: from t < 130", "Min-SNR: from t < 130"]
+              "vanilla: from below t = 130", "Min-SNR: from below t = 130"]
     return "" if not found else (
         "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2 of single examples: the batch size at\n"
         "which noise and signal are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. 95 %\n"
