@@ -160,6 +160,9 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
     assert "| 1077 | 50 | 1 x 1 | 1,000 | 200.0 | 220.0 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |" in text
     assert "| 1077 | 50 | 2 x 2 | 1,000 | 200.0 | 190.0 | -5.0 ± 1.0 % | -20.0 ± 2.0 % |" in text
     assert "4 x 4" not in text  # one arm is still being measured
+    (ax,) = [ax for ax in answer.answer(answer.find(runs)).axes if "fine detail" in ax.get_title()]
+    assert ax.lines[0].get_ydata().tolist() == [10, -5]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1 x 1", "2 x 2"]
 
 
 def test_table_of_the_noise_of_gradients(runs, tmp_path, capsys):

@@ -129,6 +129,12 @@ def swaps(arms: Arms) -> dict[str, dict[int, float]]:
     return {name: seeds for name, seeds in by_name.items() if seeds}
 
 
+def averaged(root: Path) -> list[tuple[dict, dict]]:
+    """The baseline's and the arm's line of each square that blur.py has logged in RUNS/blur."""
+    logs = [read_jsonl(path) for path in sorted((root / "blur").glob("*.jsonl"))]
+    return [pair for log in logs for pair in zip(log[::2], log[1::2], strict=False)]  # one may still be being measured
+
+
 def change(ratios: list[float]) -> tuple[float, float, float]:
     """Of ratios arm / baseline, a seed each: mean of the logarithm and its 95 % t-interval, in percent; NaN of one."""
     d = decide([math.log(r) for r in ratios], DISTANCE)
@@ -222,6 +228,24 @@ def panel_slope(ax, arms: Arms) -> None:
     ax.legend()
 
 
+def panel_averaged(ax, arms: Arms) -> None:
+    """Is the difference in the fine detail? A line per seed and step, dashed if it is not the step of all else."""
+    lines = {}
+    for own, r in averaged(arms.root):
+        key = metric_name("fd", r["features"])
+        lines.setdefault((r["seed"], r["step"]), []).append(
+            (f"{r['square']} x {r['square']}", *(100 * r[f"{key}_{end}"] / own[key]
+                                                 for end in ("difference", "difference_stderr"))))
+    for (seed, step), points in lines.items():
+        squares, changed, errors = zip(*points, strict=True)
+        ax.errorbar(squares, changed, [1.96 * error for error in errors], marker="s", capsize=3, linewidth=1,
+                    linestyle="-" if step == arms.step else "--", label=f"seed {seed}, step {step:,}")
+    ax.axhline(0, color="#000000", linewidth=1)
+    ax.set(xlabel="pixels averaged, in samples and training images", ylabel="change of the distance (%)",
+           title="is the difference in the fine detail?")
+    ax.legend()
+
+
 def measured(log: Callable[[Run], object]) -> Callable[[Arms], bool]:
     """Whether every run has it."""
     return lambda arms: all(log(run) for pair in arms.pairs for run in pair)
@@ -231,6 +255,7 @@ PANELS: dict[Callable, Callable[[Arms], bool]] = {  # and when it can be drawn
     panel_profile: measured(lambda run: run.log("per_t")), panel_swaps: lambda arms: bool(swaps(arms)),
     panel_frontier: measured(lambda run: run.results("frontier")),
     panel_slope: measured(lambda run: "eps_mean_slope_ema" in run.log("per_t")[-1]),
+    panel_averaged: lambda arms: bool(averaged(arms.root)),
     panel_forest: measured(lambda run: run.results("milestone"))}
 
 
@@ -249,7 +274,7 @@ def answer(arms: Arms) -> Figure:
         wide = i + 1 == len(panels) and i % 2 == 0
         ax = fig.add_subplot(grid[i // 2, :] if wide else grid[i // 2, i % 2])
         panel(ax, arms)
-        ax.set_title(f"({'abcde'[i]}) {ax.get_title()}")
+        ax.set_title(f"({'abcdef'[i]}) {ax.get_title()}")
     caption = (f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean over seeds. "
                "Grey: ±7 %, the limits registered for 50,000 steps.")
     fig.supxlabel(fill(caption, 160), x=0.01, ha="left", fontsize=8)
@@ -345,13 +370,11 @@ def relative(r: dict, own: dict, key: str) -> str:
 def blurs(root: Path) -> str:
     """A table of what blur.py has logged in RUNS/blur; "" if there is nothing."""
     found = []
-    for path in sorted((root / "blur").glob("*.jsonl")):
-        lines = read_jsonl(path)
-        for own, r in zip(lines[::2], lines[1::2], strict=False):  # the last partner may still be being measured
-            fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
-            found.append([str(r["seed"]), f"{r['step']:,}", f"{r['square']} x {r['square']}", f"{r['n']:,}",
-                          f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
-            how = f"{r['sampler'].upper()} {r['nfe']}, {r['features']}"
+    for own, r in averaged(root):
+        fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
+        found.append([str(r["seed"]), f"{r['step']:,}", f"{r['square']} x {r['square']}", f"{r['n']:,}",
+                      f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
+        how = f"{r['sampler'].upper()} {r['nfe']}, {r['features']}"
     header = ["seed", "step", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
     return "" if not found else (
         f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so that\n"
