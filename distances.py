@@ -104,7 +104,8 @@ class Distances:
         cached = from_first(lambda: read_json(self.context_path) if self.context_path.exists() else {})
         if cached.get("origin") != self.origin:
             cached = {"origin": self.origin}
-        if str(n) not in cached:
+        names = [metric_name(metric, self.network.name) for metric in METRICS]
+        if not {f"{name}_ceiling" for name in names} <= cached.get(str(n), {}).keys():  # a metric may be newer
             noise = torch.randint(256, (n, *self.train.shape[1:]), dtype=torch.uint8, generator=generator(0, "ceiling"))
             cached[str(n)] = context = {}
             for kind, images in {"floor": self.train[:n], "floor_test": self.test[:n], "ceiling": noise}.items():

@@ -210,6 +210,9 @@ def test_statistics_and_context_are_made_once(distances, monkeypatch):
     cache = json.loads(distances.context_path.read_text())
     distances.context_path.write_text(json.dumps(cache | {"origin": {"weights_hash": "other"}, "50": {}}))
     assert Distances(*args).context(50) == context  # made again, since it was that of another network
+    older = {key: value for key, value in context.items() if "kid" not in key}
+    distances.context_path.write_text(json.dumps(cache | {"50": older}))
+    assert Distances(*args).context(50) == context  # made before there was KID
     monkeypatch.setattr("distances.extract", None)  # would fail if called
     again = Distances(*args)
     assert np.array_equal(again.reference.cov, reference.cov) and again.context(50) == context
