@@ -169,13 +169,13 @@ def test_table_of_the_noise_of_gradients(runs, tmp_path, capsys):
     (runs / "gradient").mkdir()
     lines = [{"network": network, "loss": loss, "seed": 1077, "step": 50, "n": 4000, "noise_scale": 40 * ratio,
               "noise_scale_stderr": 1.0, "noise_scale_ratio": ratio, "noise_scale_ratio_stderr": 0.05,
-              "noise_share": share} for network, loss, ratio, share in (
+              "square_share": share} for network, loss, ratio, share in (
                   ("E1", "E1", 1, 0.4), ("E1", "E2", 0.75, 0.1), ("E2", "E1", 2, 0.6), ("E2", "E2", 0.5, 0.2))]
     (runs / "gradient" / "E1_1077_E2_1077_step50.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     (runs / "gradient" / "E1_1077_E2_1077_step90.jsonl").write_text(json.dumps(lines[0]) + "\n")  # being measured
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
-    row = "| 1077 | 50 | 4,000 | 40.0 ± 2.0 | 20.0 ± 2.0 | -50 ± 10 % | -25 ± 10 % | 40 % | 20 % |"
+    row = ("| 1077 | 50 | 4,000 | 40.0 ± 2.3 | 20.0 ± 2.3 | -50 ± 11 % | -25 ± 11 % | +100 ± 11 % | 40 % | 20 % |")
     assert text.endswith(row + "\n")
 
 

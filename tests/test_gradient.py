@@ -32,14 +32,31 @@ def test_summary_against_sums_over_pairs_and_the_covariance():
     clean, noisy = g[:6], g[6:]
     parts = torch.stack([clean.sum(dim=0), noisy.sum(dim=0)])
     squares = torch.stack([clean.square().sum(), noisy.square().sum()])
-    norm, noise_scale, noise_share, cosine = gradient.summary(parts @ parts.T, squares, N).tolist()
+    norm, noise_scale, square_share, cosine = gradient.summary(parts @ parts.T, squares, N).tolist()
     products = g @ g.T
     pairs = products.sum() - products.trace()
     assert norm**2 == pytest.approx(pairs.item() / (N * (N - 1)))
     assert noise_scale * norm**2 == pytest.approx(g.var(dim=0).sum().item())
-    assert noise_share == pytest.approx((clean.square().sum() / g.square().sum()).item())
+    assert square_share == pytest.approx((clean.square().sum() / g.square().sum()).item())
     own = [(part @ part.T).sum() - (part @ part.T).trace() for part in (clean, noisy)]
     assert cosine == pytest.approx((products[:6, 6:].sum() / (own[0] * own[1]).sqrt()).item())
+
+
+def test_each_group_is_left_out_once():
+    g = torch.randn(gradient.GROUPS, 2, 5, generator=generator(0, "test")).double() + 1  # an example in each part
+    inner = torch.einsum("apd,bqd->apbq", g, g)
+    found, n = gradient.without_each(inner, g.square().sum(dim=2), 2 * gradient.GROUPS), 2 * gradient.GROUPS - 2
+    for k in range(gradient.GROUPS):
+        rest = torch.cat([g[:k], g[k + 1:]])
+        norm = (rest.sum(dim=(0, 1)).square().sum() - rest.square().sum()) / (n * (n - 1))
+        share = rest[:, 0].square().sum() / rest.square().sum()
+        assert found[k, [0, 2]].tolist() == pytest.approx([norm.sqrt().item(), share.item()])
+
+
+def test_a_cosine_that_is_lost_in_noise_is_not_a_number():
+    inner, squares = torch.tensor([[1.0, 5], [5, 1]]).double(), torch.tensor([2.0, 2]).double()  # both products below 0
+    norm, *_, cosine = gradient.summary(inner, squares, N)
+    assert norm > 0 and cosine.isnan()
 
 
 def test_sums_are_those_of_the_gradients_of_single_examples():
@@ -85,7 +102,7 @@ def test_command(run_train, capsys):
     own, crossed = lines[:2]
     assert own["noise_scale_ratio"] == 1 and own["noise_scale_ratio_stderr"] == 0 < own["noise_scale_stderr"]
     assert crossed["noise_scale_ratio"] == pytest.approx(crossed["noise_scale"] / own["noise_scale"])
-    assert crossed["noise_share"] < own["noise_share"]  # Min-SNR's weight is below 1 at clean timesteps
+    assert crossed["square_share"] < own["square_share"]  # Min-SNR's weight is below 1 at clean timesteps
     for flags, error in ((["--n", "15"], "--n 15"), (["--at", "0"], "--at 0")):
         with pytest.raises(UserError, match=error):
             gradient.main([*runs, *flags])

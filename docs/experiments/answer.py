@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from check import AT, EXPS, training
+from gradient import GROUPS
 
 from checkpoint import replace_file
 from diffusion import spaced_timesteps
@@ -358,7 +360,7 @@ def course(arms: Arms) -> str:
         f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), its change with the 95 %\n"
         "interval of the samples, the change of KID, the spread of mean colours in both arms, and the changes of the\n"
         "held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the swap's\n"
-        "own n).\n\n"
+        "own n, so not to be compared between rows).\n\n"
         f"{table(header, found)}\n")
 
 
@@ -405,18 +407,19 @@ def gradients(root: Path) -> str:
     for path in (root / "gradient").glob(f"{A}_*_{B}_*.jsonl"):
         if len(lines := read_jsonl(path)) < 4:  # still being written
             continue
-        own, crossed, _, arm = lines  # crossed: the network of the baseline, the loss of the arm
-        scales = [f"{r['noise_scale']:.1f} ± {1.96 * r['noise_scale_stderr']:.1f}" for r in (own, arm)]
-        changed = [f"{100 * (r['noise_scale_ratio'] - 1):+.0f} ± {196 * r['noise_scale_ratio_stderr']:.0f} %"
-                   for r in (arm, crossed)]
-        shares = [f"{100 * r['noise_share']:.0f} %" for r in (own, arm)]
+        own, loss, network, arm = lines  # in the second only the loss is the arm's, in the third only the network
+        wide = float(student.ppf(0.975, GROUPS - 1))
+        scales = [f"{r['noise_scale']:.1f} ± {wide * r['noise_scale_stderr']:.1f}" for r in (own, arm)]
+        changed = [f"{100 * (r['noise_scale_ratio'] - 1):+.0f} ± {100 * wide * r['noise_scale_ratio_stderr']:.0f} %"
+                   for r in (arm, loss, network)]
+        shares = [f"{100 * r['square_share']:.0f} %" for r in (own, arm)]
         found.append((own["seed"], own["step"], own["n"], *scales, *changed, *shares))
-    header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "by the loss alone, at vanilla's weights",
+    header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "only the loss changed", "only the network changed",
               "vanilla: from below t = 130", "Min-SNR: from below t = 130"]
     return "" if not found else (
-        "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2 of single examples: the batch size at\n"
-        "which noise and signal are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. 95 %\n"
-        "intervals of n examples, which are the same for all networks.\n\n"
+        "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2: the batch size at which noise and signal\n"
+        "are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. All networks see the same n\n"
+        "examples. 95 % intervals are over examples only; other checkpoints can differ by more.\n\n"
         + table(header, [[str(seed), f"{step:,}", f"{n:,}", *rest] for seed, step, n, *rest in sorted(found)]) + "\n")
 
 

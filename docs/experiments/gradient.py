@@ -2,17 +2,21 @@
 
     python docs/experiments/gradient.py runs/E1/seed1077 runs/E2/seed1077 --step 10000 > gradient.jsonl
 
-For both networks (raw weights, dropout as in training) and for the losses of both runs: gradients g of N single
-examples, whose images, t, eps and dropout masks are the same in all lines. Prints a line for each network and loss:
+For each network (raw weights, dropout on) and each run's loss: gradients g of N single training examples, with the same
+images, t, eps and dropout masks for all. Prints a line for each network and loss:
 norm: |E g|, the norm of the mean gradient.
-noise_scale: tr cov(g) / |E g|^2, the batch size at which noise and signal are equal (McCandlish et al. 2018, eq. 2.9).
-noise_share: the part of E |g|^2 that examples with t < AT contribute.
-cosine: of the mean gradients of examples with t < AT and with t >= AT.
-Each has its standard error (jackknife over 10 groups of examples), and so has its ratio to the first line.
+noise_scale: tr cov(g) / |E g|^2, the batch size at which the noise of the mean gradient equals its signal (McCandlish
+et al. 2018, eq. 2.9).
+square_share: the part of E |g|^2 from examples with t < AT.
+cosine: of the mean gradients of examples with t < AT and with t >= AT; null if one of them is lost in noise.
+Each has its standard error (jackknife over 10 groups of examples), and so have the ratios of the first three to the
+first line. Errors are of the examples only; another checkpoint or seed can differ by more. At base 32 and N = 4,000 it
+takes nine minutes on one thread and 1 GB.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -57,14 +61,22 @@ def sums(model: nn.Module, diffusion: Diffusion, images: Tensor, weights: list[T
 
 
 def summary(inner: Tensor, squares: Tensor, n: int) -> Tensor:
-    """norm, noise_scale, noise_share and cosine, (4,), of n examples, without bias from n in the products.
+    """norm, noise_scale, square_share and cosine, (4,), of n examples, without bias from n in the products.
 
-    inner: (2, 2), inner products of the sums of both parts; squares: (2,), their sums of squared norms.
+    inner: (2, 2), inner products of the sums of both parts; squares: (2,), their sums of squared norms. What would be
+    the root of a negative product is not finite.
     """
     products = (inner - squares.diag()) / (n * (n - 1))  # of the parts of E g: over pairs of different examples
     signal, noise = products.sum(), (squares.sum() - inner.sum() / n) / (n - 1)
-    cosine = products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()
+    cosine = products[0, 1] / (products[0, 0].sqrt() * products[1, 1].sqrt())
     return torch.stack([signal.sqrt(), noise / signal, squares[0] / squares.sum(), cosine])
+
+
+def without_each(inner: Tensor, squares: Tensor, n: int) -> Tensor:
+    """The summary without one of the groups each, (GROUPS, 4). inner: (GROUPS, 2, GROUPS, 2), squares: (GROUPS, 2)."""
+    kept = [[j for j in range(GROUPS) if j != k] for k in range(GROUPS)]
+    return torch.stack([summary(inner[rest][:, :, rest].sum(dim=(0, 2)), squares[rest].sum(dim=0), n - n // GROUPS)
+                        for rest in kept])
 
 
 def jackknife(values: Tensor) -> Tensor:
@@ -77,15 +89,15 @@ def main(argv: list[str] | None = None) -> int:
                                      usage=argparse.SUPPRESS)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=4000, help="examples, a multiple of 10; default %(default)s")
-    parser.add_argument("--at", type=int, default=130, help="130: the first t with w = 1 at gamma 5, linear betas")
+    parser.add_argument("--at", type=int, default=130, help="the first t that is not clean; default %(default)s, the first with w = 1 at gamma 5, linear betas")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     args = parser.parse_args(argv)
     runs, n = [load_run(run_dir, "cpu", args.step) for run_dir in args.run_dirs], args.n
     config, step, _, _, diffusion = runs[0]
-    same = [(run.config.seed, run.config.data.name, run.config.diffusion, run.step) for run in runs]
+    same = [(run.config.seed, run.config.data.name, run.config.model, run.config.diffusion, run.step) for run in runs]
     if same[0] != same[1]:
-        raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]} differ in seed, data, diffusion or step")
+        raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]} differ in seed, data, model, diffusion or step")
     if n < 2 * GROUPS or n % GROUPS:
         raise UserError(f"--n {n}: must be a multiple of {GROUPS}, from {2 * GROUPS} on")
     if not 0 < args.at < diffusion.T:
@@ -96,18 +108,18 @@ def main(argv: list[str] | None = None) -> int:
         both = sums(network.model.train(), diffusion, images, weights, args.at, n)
         for loss, inner, squares in zip(runs, *both, strict=True):
             value = summary(inner.sum(dim=(0, 2)), squares.sum(dim=0), n)
-            keep = [[j for j in range(GROUPS) if j != k] for k in range(GROUPS)]
-            without = torch.stack([summary(inner[rest][:, :, rest].sum(dim=(0, 2)), squares[rest].sum(dim=0),
-                                           n - n // GROUPS) for rest in keep])
-            if not (value.isfinite().all() and without.isfinite().all()):
+            without = without_each(inner, squares, n)
+            if not (value[:3].isfinite().all() and without[:, :3].isfinite().all()):
                 raise UserError(f"--n {n}: too few examples to tell the mean gradient from noise")
             first = first or (value, without)
             line = {"network": network.config.exp, "loss": loss.config.exp, "seed": config.seed, "step": step,
                     "n": n, "at": args.at}
             for end, x, error in (("", value, jackknife(without)),
                                   ("_ratio", value / first[0], jackknife(without / first[1]))):
-                for j, name in enumerate(("norm", "noise_scale", "noise_share", "cosine")):
+                for j, name in enumerate(("norm", "noise_scale", "square_share")):
                     line |= {f"{name}{end}": x[j].item(), f"{name}{end}_stderr": error[j].item()}
+            line |= {"cosine": value[3].item(), "cosine_stderr": jackknife(without)[3].item()}
+            line = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in line.items()}
             print(json.dumps(line), flush=True)
     return 0
 
