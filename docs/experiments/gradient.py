@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
                                      usage=argparse.SUPPRESS)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=4000, help="examples, a multiple of 10; default %(default)s")
-    parser.add_argument("--at", type=int, default=130, help="the first t that is not clean; default %(default)s, the first with w = 1 at gamma 5, linear betas")
+    parser.add_argument("--at", type=int, default=130, help="clean is t < AT; 130: w = 1 from there on, at gamma 5")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     args = parser.parse_args(argv)
