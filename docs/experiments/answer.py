@@ -137,6 +137,11 @@ def averaged(root: Path) -> list[tuple[dict, dict]]:
     return [pair for log in logs for pair in zip(log[::2], log[1::2], strict=False)]  # one may still be being measured
 
 
+def relative_change(r: dict, own: dict, key: str) -> tuple[float, float]:
+    """The change of a distance from that of the samples `own`, and half of its 95 % interval (paired), in percent."""
+    return 100 * r[f"{key}_difference"] / own[key], 196 * r[f"{key}_difference_stderr"] / own[key]
+
+
 def change(ratios: list[float]) -> tuple[float, float, float]:
     """Of ratios arm / baseline, a seed each: mean of the logarithm and its 95 % t-interval, in percent; NaN of one."""
     d = decide([math.log(r) for r in ratios], DISTANCE)
@@ -235,12 +240,11 @@ def panel_averaged(ax, arms: Arms) -> None:
     lines = {}
     for own, r in averaged(arms.root):
         key = metric_name("fd", r["features"])
-        lines.setdefault((r["seed"], r["step"]), []).append(
-            (f"{r['square']} x {r['square']}", *(100 * r[f"{key}_{end}"] / own[key]
-                                                 for end in ("difference", "difference_stderr"))))
+        lines.setdefault((r["seed"], r["step"]), []).append((f"{r['square']} x {r['square']}",
+                                                             *relative_change(r, own, key)))
     for (seed, step), points in lines.items():
-        squares, changed, errors = zip(*points, strict=True)
-        ax.errorbar(squares, changed, [1.96 * error for error in errors], marker="s", capsize=3, linewidth=1,
+        squares, changed, halves = zip(*points, strict=True)
+        ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1,
                     linestyle="-" if step == arms.step else "--", label=f"seed {seed}, step {step:,}")
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set(xlabel="pixels averaged, in samples and training images", ylabel="change of the distance (%)",
@@ -365,8 +369,7 @@ def course(arms: Arms) -> str:
 
 
 def relative(r: dict, own: dict, key: str) -> str:
-    """The change of a distance from that of the samples `own`, with the 95 % interval of paired samples."""
-    return f"{100 * r[f'{key}_difference'] / own[key]:+.1f} ± {196 * r[f'{key}_difference_stderr'] / own[key]:.1f} %"
+    return "{:+.1f} ± {:.1f} %".format(*relative_change(r, own, key))
 
 
 def blurs(root: Path) -> str:
@@ -403,12 +406,11 @@ def calls(arms: Arms) -> str:
 
 def gradients(root: Path) -> str:
     """A table of what gradient.py has logged in RUNS/gradient; "" if there is nothing."""
-    found = []
+    found, wide = [], float(student.ppf(0.975, GROUPS - 1))
     for path in (root / "gradient").glob(f"{A}_*_{B}_*.jsonl"):
         if len(lines := read_jsonl(path)) < 4:  # still being written
             continue
         own, loss, network, arm = lines  # in the second only the loss is the arm's, in the third only the network
-        wide = float(student.ppf(0.975, GROUPS - 1))
         scales = [f"{r['noise_scale']:.1f} ± {wide * r['noise_scale_stderr']:.1f}" for r in (own, arm)]
         changed = [f"{100 * (r['noise_scale_ratio'] - 1):+.0f} ± {100 * wide * r['noise_scale_ratio_stderr']:.0f} %"
                    for r in (arm, loss, network)]
