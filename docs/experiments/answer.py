@@ -24,6 +24,7 @@ from check import AT, EXPS, training
 from gradient import GROUPS
 
 from checkpoint import replace_file
+from config import load_tables
 from diffusion import spaced_timesteps
 from errors import UserError, run_script
 from fid import metric_name
@@ -340,32 +341,62 @@ def colours(root: Path) -> str:
     return f"{text}\n\n{table(header, found)}\n" if found else ""
 
 
+def compared(base: Run, arm: Run, d: dict) -> list[str]:
+    """Cells of one of changes(): distance in both arms, its change with the 95 % interval of the samples, KID, colours.
+    """
+    fd, kid = (metric_name(metric, d["features"]) for metric in ("fd", "kid"))
+    one, two = (r for run, step in ((base, d["step_a"]), (arm, d["step"])) for r in run.results(d["kind"])
+                if (r["step"], r["sampler"], r["n"]) == (step, d["sampler"], d["n"]))
+    return [f"{one[fd]:.1f}", f"{two[fd]:.1f}", f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
+            f"{100 * (two[kid] / one[kid] - 1):+.1f} %",
+            ", ".join(f"{r[SPREAD[0]]:.1f}" for r in (one, two) if SPREAD[0] in r)]
+
+
+CELLS = ["vanilla", "Min-SNR", "change", "KID", "colour spread"]
+
+
 def course(arms: Arms) -> str:
     """A table of the distances of seeds that have gone past the step of all pairs; "" if none has."""
     found, times = [], sorted(profile(arms.pairs[0][0], arms.step).keys() & {0, 130, 999})
     for base, arm in arms.pairs:
-        fd, kid = (metric_name(metric, base.config.eval.features) for metric in ("fd", "kid"))
         points = [d for kind in ("milestone", "final") for d in changes(base, arm, kind)
                   if d["sampler"] == base.config.eval.sampler and d["step"] == d["step_a"]]
         for d in points if max((d["step"] for d in points), default=0) > arms.step else []:
-            step = d["step"]
-            one, two = (distance(run, arms._replace(step=step, kind=d["kind"])) for run in (base, arm))
-            errors, hybrids = [profile(run, step) for run in (base, arm)], swapped(base, step, arms.root)
-            found.append([str(base.seed), f"{step:,}", f"{d['n']:,}", f"{one[fd]:.1f}", f"{two[fd]:.1f}",
-                          f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
-                          f"{100 * (two[kid] / one[kid] - 1):+.1f} %",
-                          ", ".join(f"{r[SPREAD[0]]:.1f}" for r in (one, two) if SPREAD[0] in r),
-                          *(f"{100 * (errors[1][t] / errors[0][t] - 1):+.1f} %" for t in times),
+            one, two = (profile(run, d["step"]) for run in (base, arm))
+            hybrids = swapped(base, d["step"], arms.root)
+            found.append([str(base.seed), f"{d['step']:,}", f"{d['n']:,}", *compared(base, arm, d),
+                          *(f"{100 * (two[t] / one[t] - 1):+.1f} %" for t in times),
                           *(percent([hybrids[name]]) if name in hybrids else "" for name in (ABOVE, BELOW))])
             how = f"{d['sampler'].upper()} {d['nfe']}, {d['features']}"
-    header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "KID", "colour spread",
-              *(f"eps-MSE, t = {t}" for t in times), ABOVE, BELOW]
+    header = ["seed", "step", "n", *CELLS, *(f"eps-MSE, t = {t}" for t in times), ABOVE, BELOW]
     return "" if not found else (
         f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), its change with the 95 %\n"
         "interval of the samples, the change of KID, the spread of mean colours in both arms, and the changes of the\n"
         "held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the swap's\n"
         "own n, so not to be compared between rows).\n\n"
         f"{table(header, found)}\n")
+
+
+def others(arms: Arms) -> str:
+    """A table of the other comparisons of a weight, below the answer's own pair of that seed; "" if none has ended."""
+    found = []
+    for comparison in load_tables("comparisons").values():
+        base, arm = ({run.seed: run for run in find_runs(arms.root, exp)} for exp in comparison["runs"])
+        found += [(comparison["title"], base[seed], arm[seed], d) for seed in sorted(base.keys() & arm.keys())
+                  if comparison["factor"] == ["loss.weighting"] and comparison["runs"] != EXPS
+                  and base[seed].config.loss.weighting == "constant" for d in changes(base[seed], arm[seed], "final")]
+    seeds, lines = {base.seed for _, base, _, _ in found}, []
+    own = [("Min-SNR against vanilla", *pair, d) for pair in arms.pairs if pair[0].seed in seeds
+           for d in changes(*pair, "milestone") if d["step"] == arms.step]
+    for title, one, two, d in own + found:
+        slopes = [profile(run, step, "eps_mean_slope_ema") for run, step in ((one, d["step_a"]), (two, d["step"]))]
+        last = max(slopes[0], default=None)
+        lines.append([title, str(one.seed), f"{d['step']:,}", f"{d['sampler'].upper()} {d['nfe']}", f"{d['n']:,}",
+                      *compared(one, two, d), ", ".join(f"{slope[last]:.2f}" for slope in slopes if last in slope)])
+    header = ["comparison", "seed", "step", "sampler", "n", *CELLS, "slope of the mean colour, highest t"]
+    return "" if not found else (
+        "Other pairs of one seed, Fréchet distance and its change with the 95 % interval of the samples. Other seeds\n"
+        "can differ by more.\n\n" + table(header, lines) + "\n")
 
 
 def relative(r: dict, own: dict, key: str) -> str:
@@ -439,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
             "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
     text = "\n".join(filter(None, (text, course(arms), gradients(args.runs), calls(arms), blurs(args.runs),
-                                    colours(args.runs))))
+                                    colours(args.runs), others(arms))))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
