@@ -41,14 +41,18 @@ DASHES = dict(zip(SAMPLERS, cycle(("-", "--", "-.", ":"))))  # in a figure with 
 def looks(runs: list[Run]) -> dict[Run, dict]:
     """Each run's arguments of errorbar(): its arm's look, or a spare one if an earlier experiment has the same arm.
 
-    Of the seeds of an experiment, every second one has open markers.
+    Of the seeds of an experiment, every second one has open markers. The label has prediction and betas if they differ.
     """
     by_exp, left, spare, faces = {}, dict(LOOKS), cycle(SPARE), {}
+    differ = [key for key in ("prediction", "beta_schedule")
+              if len({getattr(run.config.diffusion, key) for run in runs}) > 1]
     for run in {run.exp: run for run in runs}.values():
         kind, order = run.config.loss.weighting, len(by_exp)  # the later the thinner, so that equal curves are seen
         gamma = run.config.loss.gamma if WEIGHTINGS[kind].reads_gamma else None
         color, dash, marker = left.pop((kind, gamma), None) or next(spare)
-        by_exp[run.exp] = {"label": f"{run.exp}: {kind}" + (f", $\\gamma$ = {gamma:g}" if gamma else ""),
+        label = [f"{run.exp}: {kind}", f"$\\gamma$ = {gamma:g}" if gamma else ""]
+        label += [getattr(run.config.diffusion, key) for key in differ]
+        by_exp[run.exp] = {"label": ", ".join(filter(None, label)),
                            "color": color, "linestyle": dash, "linewidth": max(1.0, 2.6 - 0.8 * order), "elinewidth": 1,
                            "marker": marker, "markersize": max(3.0, 6.5 - 1.5 * order)}
         faces[run.exp] = cycle((color, "white"))

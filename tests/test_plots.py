@@ -312,6 +312,9 @@ def test_an_arm_has_one_look_and_arms_differ_also_in_grey(pair, tmp_path):
     make_run(tmp_path, "E5", 1078)
     faces = [look["markerfacecolor"] for look in plots.looks(find_runs(tmp_path, "E5")).values()]
     assert faces == [BLACK, "white"]  # of two seeds
+    make_run(tmp_path, "E10b")
+    labels = [look["label"] for look in plots.looks([e6, *find_runs(tmp_path, "E10b")]).values()]
+    assert labels == ["E6: minsnr, $\\gamma$ = 5, eps", "E10b: minsnr, $\\gamma$ = 5, v"]
     assert look[e2]["color"] not in (BLACK, RED) and look[e6]["linewidth"] > look[e5]["linewidth"]
     every = [*plots.LOOKS.values(), *plots.SPARE]
     assert [len(set(part)) for part in zip(*every, strict=True)] == [len(every)] * 3
