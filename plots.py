@@ -312,16 +312,18 @@ def grids(runs: list[Run]) -> Figure:
     found = sorted(need(seeds and set.intersection(*names), runs, "grid of the same seed and step in all"))
     step = max((name.split("_")[1] for name in found), key=int)
     rows, data = [name for name in found if name.split("_")[1] == step], shown[0].path / "grids" / "data.png"
-    panels = []
-    for name in rows:
+    wide = int(data.exists())
+    axes = Figure((3.4 * (len(shown) + wide), 3.6 * len(rows))).subplots(len(rows), len(shown) + wide, squeeze=False)
+    panels = [(axes[0, 0], "training images", data)] * wide
+    for row, name in zip(axes, rows, strict=True):
         sampler = name.removesuffix(".png").split("_")[2]
-        panels += [("training images", data)] * data.exists()
-        panels += [(f"{look['label']}, {sampler}", run.path / "grids" / name) for run, look in looks(shown).items()]
-    columns = len(panels) // len(rows)
-    axes = Figure((3.4 * columns, 3.6 * len(rows))).subplots(len(rows), columns, squeeze=False)
-    for ax, (title, path) in zip(axes.flat, panels, strict=True):
+        panels += [(ax, f"{look['label']}, {sampler}", run.path / "grids" / name)
+                   for ax, (run, look) in zip(row[wide:], looks(shown).items(), strict=True)]
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, title, path in panels:
         ax.imshow(Image.open(path), interpolation="nearest")
-        ax.set(title=title, xticks=[], yticks=[])
+        ax.set_title(title)
     return finish(ax, shown, f"EMA weights at step {int(step):,}; sampler and NFE above. In a row, the same cell "
                              "starts from the same noise.")
 

@@ -395,8 +395,9 @@ def others(arms: Arms) -> str:
                       *compared(one, two, d), ", ".join(f"{slope[last]:.2f}" for slope in slopes if last in slope)])
     header = ["comparison", "seed", "step", "sampler", "n", *CELLS, "slope of the mean colour, highest t"]
     return "" if not found else (
-        "Other pairs of one seed, Fréchet distance and its change with the 95 % interval of the samples. Other seeds\n"
-        "can differ by more.\n\n" + table(header, lines) + "\n")
+        f"Min-SNR against vanilla with another prediction or other betas, a row per seed and sampler; first, {B}\n"
+        f"against {A}. Fréchet distance, and its change with the 95 % interval of the samples; other seeds can differ\n"
+        "by more.\n\n" + table(header, lines) + "\n")
 
 
 def relative(r: dict, own: dict, key: str) -> str:
