@@ -312,13 +312,13 @@ def grids(runs: list[Run]) -> Figure:
     found = sorted(need(seeds and set.intersection(*names), runs, "grid of the same seed and step in all"))
     step = max((name.split("_")[1] for name in found), key=int)
     rows, data = [name for name in found if name.split("_")[1] == step], shown[0].path / "grids" / "data.png"
-    wide = int(data.exists())
-    axes = Figure((3.4 * (len(shown) + wide), 3.6 * len(rows))).subplots(len(rows), len(shown) + wide, squeeze=False)
-    panels = [(axes[0, 0], "training images", data)] * wide
+    first = int(data.exists())
+    axes = Figure((3.4 * (len(shown) + first), 3.6 * len(rows))).subplots(len(rows), len(shown) + first, squeeze=False)
+    panels = [(axes[0, 0], "training images", data)] * first
     for row, name in zip(axes, rows, strict=True):
         sampler = name.removesuffix(".png").split("_")[2]
         panels += [(ax, f"{look['label']}, {sampler}", run.path / "grids" / name)
-                   for ax, (run, look) in zip(row[wide:], looks(shown).items(), strict=True)]
+                   for ax, (run, look) in zip(row[first:], looks(shown).items(), strict=True)]
     for ax in axes.flat:
         ax.axis("off")
     for ax, title, path in panels:

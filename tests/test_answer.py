@@ -202,30 +202,33 @@ def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
     assert f"Step {STEP:,}, E2" in text and f"Seeds past step {STEP:,}: Fréchet distance of n samples" in text
     error = 1.96 * np.std([5, 10, 20, 30] * (early["n"] // 4), ddof=1) / early["n"]**0.5 / 2
     assert error > 1
-    assert (f"| 1077 | {STEP + 10} | {early['n']} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | -5.0 % | 50.0, 47.5 | "
-            "-9.8 % | -5.0 % | +10.0 % |") in text
+    assert (f"| 1077 | {STEP + 10} | {early['n']} | 200.0 | 190.0 | -5.0 ± {error:.1f} % | "
+            f"-5.0 ± {100 * error:.1f} % | 50.0, 47.5 | -9.8 % | -5.0 % | +10.0 % |") in text
     assert f"| 1077 | {STEP + 10} | {2 * early['n']} | 210.0 | 200.0 | -4.8 ±" in text
     assert f"| 1077 | {STEP} | {early['n']} | 300.0 | 330.0 | +10.0 ±" in text and "| 1078 |" not in text
 
 
 def test_table_of_other_comparisons(runs, tmp_path, capsys):
     for exp, fd, slope in (("E10a", 100.0, 0.25), ("E10b", 80.0, 0.75)):
-        path = make_run(runs, exp, 1078, fd=fd)
+        path = make_run(runs, exp, 1078, fd=fd, sets=[f"train.total_steps={STEP}"])
         edit(path / "per_t.jsonl", lambda r, slope=slope: r | {"eps_mean_slope_ema": [0.0, slope]})
         edit(path / "results.jsonl", lambda r, fd=fd: r | {"samples/channel_mean_sd": fd / 4})
+    make_run(runs / "unclipped", "E10a", 1078, fd=160.0, sets=[f"train.total_steps={STEP}"])
+    edit(runs / "unclipped/E10a/seed1078/results.jsonl", lambda r: r | {"nfe": 10 if r["sampler"] == "ddim" else 50})
     for exp in ("E3", "E4", "E9a"):  # no constant weight; no second arm
         make_run(runs, exp, 1078)
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| Min-SNR")]
-    own, *rest = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    own, *rest, control = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert control[0].endswith(", vanilla not clipped") and control[5:7] == ["160.0", "80.0"]
     assert own[:4] == ["Min-SNR against vanilla", "1078", str(STEP), "DDPM 50"]
     assert own[5:7] == ["300.0", "363.0"] and own[7].startswith("+21.0 ± ") and own[9:] == ["", ""]
     for line, sampler, distances in zip(rest, ("DDPM 50", "DDIM 50"), (["100.0", "80.0"], ["200.0", "160.0"]),
                                         strict=True):
-        assert line[:4] == ["Min-SNR against vanilla with v-prediction", "1078", str(STEPS), sampler]
+        assert line[:4] == ["Min-SNR against vanilla with v-prediction", "1078", str(STEP), sampler]
         assert line[5:7] == distances and line[7].startswith("-20.0 ± ")
-        assert line[8:] == ["-20.0 %", "25.0, 20.0", "0.25, 0.75"]
+        assert line[8].startswith("-20.0 ± ") and line[9:] == ["25.0, 20.0", "0.25, 0.75"]
 
 
 def test_a_final_distance_is_never_compared_with_a_milestone(runs, tmp_path, capsys):

@@ -342,14 +342,15 @@ def colours(root: Path) -> str:
 
 
 def compared(base: Run, arm: Run, d: dict) -> list[str]:
-    """Cells of one of changes(): distance in both arms, its change with the 95 % interval of the samples, KID, colours.
-    """
+    """Cells of one of changes(): distances, changes with the 95 % intervals of the samples, spread of mean colours."""
     fd, kid = (metric_name(metric, d["features"]) for metric in ("fd", "kid"))
-    one, two = (r for run, step in ((base, d["step_a"]), (arm, d["step"])) for r in run.results(d["kind"])
-                if (r["step"], r["sampler"], r["n"]) == (step, d["sampler"], d["n"]))
-    return [f"{one[fd]:.1f}", f"{two[fd]:.1f}", f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
-            f"{100 * (two[kid] / one[kid] - 1):+.1f} %",
-            ", ".join(f"{r[SPREAD[0]]:.1f}" for r in (one, two) if SPREAD[0] in r)]
+    own, scale = d[f"{fd}_baseline"], 100 / d[f"{kid}_baseline"]
+    spreads = [r[SPREAD[0]] for run, step in ((base, d["step_a"]), (arm, d["step"])) for r in run.results(d["kind"])
+               if SPREAD[0] in r and [r[key] for key in ("step", "sampler", "nfe", "n")] == [
+                   step, d["sampler"], d["nfe"], d["n"]]]
+    return [f"{own:.1f}", f"{own * (1 + d[fd] / 100):.1f}", f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
+            f"{scale * d[kid]:+.1f} ± {1.96 * scale * d[f'{kid}_stderr']:.1f} %",
+            ", ".join(f"{spread:.1f}" for spread in spreads)]
 
 
 CELLS = ["vanilla", "Min-SNR", "change", "KID", "colour spread"]
@@ -370,34 +371,41 @@ def course(arms: Arms) -> str:
             how = f"{d['sampler'].upper()} {d['nfe']}, {d['features']}"
     header = ["seed", "step", "n", *CELLS, *(f"eps-MSE, t = {t}" for t in times), ABOVE, BELOW]
     return "" if not found else (
-        f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), its change with the 95 %\n"
-        "interval of the samples, the change of KID, the spread of mean colours in both arms, and the changes of the\n"
-        "held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the swap's\n"
-        "own n, so not to be compared between rows).\n\n"
+        f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), the changes of\n"
+        "distance and KID with the 95 % intervals of the samples, the spread of mean colours in both arms, and the\n"
+        "changes of the held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only\n"
+        "(at the swap's own n, so not to be compared between rows).\n\n"
         f"{table(header, found)}\n")
 
 
 def others(arms: Arms) -> str:
-    """A table of the other comparisons of a weight, below the answer's own pair of that seed; "" if none has ended."""
-    found = []
+    """A table of the other comparisons of a weight, below the answer's own pair of that seed; "" if none has ended.
+
+    RUNS/unclipped may hold baselines that were trained with another train.grad_clip.
+    """
+    found, folders = [], {"": arms.root, ", vanilla not clipped": arms.root / "unclipped"}
     for comparison in load_tables("comparisons").values():
-        base, arm = ({run.seed: run for run in find_runs(arms.root, exp)} for exp in comparison["runs"])
-        found += [(comparison["title"], base[seed], arm[seed], d) for seed in sorted(base.keys() & arm.keys())
-                  if comparison["factor"] == ["loss.weighting"] and comparison["runs"] != EXPS
-                  and base[seed].config.loss.weighting == "constant" for d in changes(base[seed], arm[seed], "final")]
-    seeds, lines = {base.seed for _, base, _, _ in found}, []
-    own = [("Min-SNR against vanilla", *pair, d) for pair in arms.pairs if pair[0].seed in seeds
-           for d in changes(*pair, "milestone") if d["step"] == arms.step]
+        if comparison["factor"] != ["loss.weighting"] or comparison["runs"] == EXPS:
+            continue
+        arm = {run.seed: run for run in find_runs(arms.root, comparison["runs"][1])}
+        for note, folder in folders.items():
+            for base in find_runs(folder, comparison["runs"][0]) if folder.is_dir() else []:
+                if base.seed in arm and base.config.loss.weighting == "constant":
+                    found += [(comparison["title"] + note, base, arm[base.seed], d)
+                              for d in changes(base, arm[base.seed], "final") if d["step"] == d["step_a"]]
+    beside, lines = {(base.seed, d["step"]) for _, base, _, d in found}, []
+    own = [("Min-SNR against vanilla", *pair, d) for pair in arms.pairs for d in changes(*pair, "milestone")
+           if (pair[0].seed, d["step"]) in beside]
     for title, one, two, d in own + found:
-        slopes = [profile(run, step, "eps_mean_slope_ema") for run, step in ((one, d["step_a"]), (two, d["step"]))]
+        slopes = [profile(run, d["step"], "eps_mean_slope_ema") for run in (one, two)]
         last = max(slopes[0], default=None)
         lines.append([title, str(one.seed), f"{d['step']:,}", f"{d['sampler'].upper()} {d['nfe']}", f"{d['n']:,}",
                       *compared(one, two, d), ", ".join(f"{slope[last]:.2f}" for slope in slopes if last in slope)])
     header = ["comparison", "seed", "step", "sampler", "n", *CELLS, "slope of the mean colour, highest t"]
     return "" if not found else (
-        f"Min-SNR against vanilla with another prediction or other betas, a row per seed and sampler; first, {B}\n"
-        f"against {A}. Fréchet distance, and its change with the 95 % interval of the samples; other seeds can differ\n"
-        "by more.\n\n" + table(header, lines) + "\n")
+        f"Other comparisons of Min-SNR with vanilla, a row per seed and sampler; first, {B} against {A} at the same\n"
+        "seeds and step. Fréchet distance, its change and that of KID with the 95 % intervals of the samples; other\n"
+        "seeds can differ by more. Last columns: vanilla, Min-SNR.\n\n" + table(header, lines) + "\n")
 
 
 def relative(r: dict, own: dict, key: str) -> str:
