@@ -9,6 +9,7 @@ declares a small marker, which is written when all the work is done.
 """
 import shlex
 import sys
+from os.path import exists
 
 sys.path.insert(0, str(workflow.basedir))
 from config import load_config, load_tables
@@ -46,8 +47,8 @@ rule statistics:
     output: STATISTICS
     shell: "{CODE}/evaluate.py --stats {BASE.data.name} --features {BASE.eval.features} --n {N} {ROOTS}"
 
-rule train:  # resumes an unfinished run; of a finished one it writes only the marker
-    input: ancient(STATISTICS)  # statistics that are made again are the same, and no reason to train again
+rule train:  # resumes an unfinished run
+    input: lambda w: [] if exists(f"{RUN.format(**w)}/done.json") else STATISTICS  # a finished run stays without them
     output: f"{RUN}/done.json"
     priority: lambda w: len(STUDY) - STUDY.index((w.exp, w.seed))
     shell: "{CODE}/train.py --exp {wildcards.exp} --profile study --seed {wildcards.seed} --resume"
