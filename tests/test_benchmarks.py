@@ -11,6 +11,13 @@ from model import UNet
 COLUMNS = {"benchmark", "work", "peer", "unit", "ours", "theirs", "gain", "gain_range", "rounds"}
 
 
+@pytest.fixture(autouse=True)
+def blas_is_free(monkeypatch):
+    """Without variables that the command refuses, whatever the shell has set."""
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize("base", [8, *(pytest.param(base, marks=pytest.mark.long) for base in (32, 64))])
 def test_diffusers_network_is_ours(base):
     same = run.equal_networks(base)  # raises where it is not
