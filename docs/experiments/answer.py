@@ -342,12 +342,12 @@ def colours(root: Path) -> str:
 
 
 def compared(base: Run, arm: Run, d: dict) -> list[str]:
-    """Cells of one of changes(): distances, changes with the 95 % intervals of the samples, spread of mean colours."""
+    """CELLS of one of changes(), both runs at one step. Intervals: 95 %, of the samples."""
     fd, kid = (metric_name(metric, d["features"]) for metric in ("fd", "kid"))
     own, scale = d[f"{fd}_baseline"], 100 / d[f"{kid}_baseline"]
-    spreads = [r[SPREAD[0]] for run, step in ((base, d["step_a"]), (arm, d["step"])) for r in run.results(d["kind"])
-               if SPREAD[0] in r and [r[key] for key in ("step", "sampler", "nfe", "n")] == [
-                   step, d["sampler"], d["nfe"], d["n"]]]
+    point = {key: d[key] for key in ("step", "sampler", "nfe", "n")}
+    spreads = [r[SPREAD[0]] for run in (base, arm) for r in run.results(d["kind"])
+               if point.items() <= r.items() and SPREAD[0] in r]
     return [f"{own:.1f}", f"{own * (1 + d[fd] / 100):.1f}", f"{d[fd]:+.1f} ± {1.96 * d[f'{fd}_stderr']:.1f} %",
             f"{scale * d[kid]:+.1f} ± {1.96 * scale * d[f'{kid}_stderr']:.1f} %",
             ", ".join(f"{spread:.1f}" for spread in spreads)]
