@@ -1,5 +1,6 @@
-"""The one kind of error that a user can mend, and how a script reports it."""
+"""The one kind of error that a user can mend, and how a script reads its arguments and reports errors."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -25,6 +26,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(names)}"
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is `doc`. A wrong argument is one line, and options have no shorter forms."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   usage=argparse.SUPPRESS, allow_abbrev=False)
 
 
 def run_script(main: Callable[[], int]) -> None:

@@ -31,7 +31,7 @@ from curvature import rademacher, summarise
 from data import grid_png, load_images, to_model_range, to_uint8
 from diffusion import SAMPLERS, Diffusion, spaced_timesteps
 from distances import Distances, extract_shared
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from fid import FEATURES, feature_network, metric_name
 from model import UNet
 from parallel import DEVICE, check_device, first, from_first, map_shared, precision
@@ -58,7 +58,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def sample_images(model: UNet, diffusion: Diffusion, n: int, sampler: str, nfe: int, seed: int,
                   precision: str = "fp32", label: str = "samples", **options) -> Tensor:
-    """n samples, uint8 (n, 3, 32, 32) on the CPU, drawn in chunks whose noise depends only on (seed, chunk).
+    """n samples, uint8 (n, 3, 32, 32) on the CPU. A chunk's noise depends only on (seed, chunk) and its size.
 
     sampler: a key of SAMPLERS, which may take further options (DDIM: eta). precision: "fp32", or "bf16" for the network
     alone. label: of the progress bar. Chunk i starts from the same x_T whatever the model, sampler and nfe, so that two
@@ -92,8 +92,8 @@ def profile_timesteps(T: int, kind: str) -> list[int]:
 def per_t_profile(model: UNet, diffusion: Diffusion, images: Tensor, ts: list[int]) -> tuple[list[float], list[float]]:
     """At each t of ts, over held-out images uint8 (N >= 2, 3, 32, 32), dropout off: eps-MSE and slope of channel means.
 
-    The slope is that of the line through (channel mean of x_t, channel mean of eps_hat); see best_mean_slope. Images
-    and eps are the same for every model, step, arm and seed.
+    The slope is that of the line through (channel mean of x_t, channel mean of eps_hat); see best_mean_slope. At
+    equal ts, images and eps are the same for every model, step, arm and seed.
     """
     device = next(model.parameters()).device
 
@@ -267,8 +267,7 @@ def integers(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # so that an error is one line
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dir", type=Path, nargs="?", help="such as runs/E8c/seed1077")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--distance", action="store_true", help="sample from the EMA weights and measure")
@@ -283,7 +282,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", help="Inception weights; torch.hub's cache or download by default")
     parser.add_argument("--sampler", choices=SAMPLERS, help="the run's by default; of --frontier all")
     parser.add_argument("--nfe", type=int, help="the run's by default")
-    parser.add_argument("--n", type=int, help="number of samples; the run's milestone number by default")
+    parser.add_argument("--n", type=int, help="samples; that of the run's milestones by default, 5000 with --stats")
     # Not the run's paths by default: a run may come from somebody else, and these folders are written to.
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", help=f"folder of reference statistics; default {default('eval.stats_root')}")

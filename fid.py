@@ -7,7 +7,6 @@ With the Inception of 2015-12-05 this is the FID of Heusel et al. 2017. With `--
 distance on EfficientNet-Lite0 features, whose weights come with pip: a real measure offline, but never "FID".
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from inception import InceptionV3
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -118,7 +117,7 @@ def load_npz(path: str | Path) -> dict[str, np.ndarray]:
 class FeatureStats:
     """Mean and covariance of features, streamed and mergeable, in float64 (Chan et al. 1979).
 
-    Features far from 0 for their spread cost digits: with a mean of 1e9 and sd 1, the covariance is off by 6e-8.
+    A mean that is large beside the spread costs digits: with mean 1e9 and sd 1, the covariance is off by 6e-8.
 
     n: number of samples; None if loaded without it. sample: features of some of the images, float32 (m, dim), for KID;
     None if not kept. features, weights_hash, data_hash: where they come from; None if unknown.
@@ -361,8 +360,7 @@ def stats_of(path: Path, network: nn.Module) -> FeatureStats:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # so that an error is one line
+    parser = argument_parser(__doc__)
     parser.add_argument("a", type=Path, help="folder of images, npz of uint8 images, or npz of statistics")
     parser.add_argument("b", type=Path, help="the same; with --save-stats, the npz to write")
     parser.add_argument("--features", choices=FEATURES, default="inception")

@@ -5,7 +5,6 @@
     python sample.py runs/E8c/seed1077 --export-diffusers DIR         no samples: the network, for diffusers
 """
 
-import argparse
 import io
 from pathlib import Path
 
@@ -16,15 +15,14 @@ from checkpoint import replace_file
 from config import MAX_SAMPLES
 from data import grid_png
 from diffusion import SAMPLERS
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from evaluate import sample_images
 from parallel import DEVICE, check_device, precision
 from runs import load_run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # so that an error is one line
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dir", type=Path, help="such as runs/E8c/seed1077")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")

@@ -31,7 +31,7 @@ from config import Config, flatten, list_experiments, load_config
 from data import batch_indices, load_images, make_shapes, to_model_range
 from diffusion import Diffusion
 from distances import Distances
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from estimate import print_estimate
 from fid import feature_network
 from model import UNet
@@ -220,8 +220,7 @@ def dry_run(config: Config, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # so that an error is one line
+    parser = argument_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--exp", help="an experiment of experiments.toml, such as E8c")
     what.add_argument("--list", action="store_true", help="print the experiments and exit")
@@ -283,7 +282,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     elif first():
         newest = max((run_dir / "grids").glob("step_*.png"), key=lambda path: (int(path.name.split("_")[1]), path.name))
         print(f"{config.exp}: {config.train.total_steps} steps done. Samples: {newest}\n"
-              f"More of them: python sample.py {run_dir}")
+              f"More of them: python sample.py {shlex.quote(str(run_dir))}")
     return 128 + number if number else 0
 
 

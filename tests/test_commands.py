@@ -35,7 +35,6 @@ def place(server, tmp_path_factory):
     shutil.copytree(place / "runs" / "smoke" / "seed1077", place / "damaged")
     for file in (place / "damaged" / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
-    shutil.copytree(place / "runs" / "smoke" / "seed1077", place / "other_version")
     (place / "no_config" / "smoke" / "seed1077").mkdir(parents=True)
     (place / "no_config" / "smoke" / "seed1077" / "config.json").write_text('{"exp": "smoke"}')
     shutil.copytree(place / "runs", place / "bad_log")
@@ -45,7 +44,7 @@ def place(server, tmp_path_factory):
 
 RUN = "runs/smoke/seed1077"
 REFUSED = [  # one of each kind of fault, with the facts that its line must carry
-    ("train.py", "", ["--exp", "--list"]), ("train.py", "--exp smoke --frobnicate", ["--frobnicate"]),
+    ("train.py", "", ["--exp", "--list"]), ("train.py", "--exp smoke --overw", ["--overw"]),
     ("train.py", "--exp smok", ["'smok'", "smoke"]), ("train.py", "--exp smoke --profile studi", ["'studi'", "study"]),
     ("train.py", "--exp smoke --set train.total_step=3", ["train.total_step", "train.total_steps"]),
     ("train.py", "--exp smoke --set train.lr=1e999", ["train.lr", "inf"]),
@@ -99,16 +98,6 @@ def test_refused_with_one_line_and_nothing_written(server, place, script, args, 
     assert all(": warning: " in line for line in warnings), done.err
     assert error.startswith(f"{script}: error: ") and all(fact in error for fact in facts), error
     assert snapshot(place) == before
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(server, place):
-    """A digest that is right, over weights that do not fit the config."""
-    code = ("import torch, checkpoint; from pathlib import Path; f = Path('other_version/checkpoints');"
-            "s = checkpoint.load_checkpoint(f); s['model'].pop('conv_in.weight');"
-            "checkpoint.save_checkpoint(f / 'last.pt', s)")
-    done = server.run("sample.py", "other_version", cwd=place, before=code)
-    assert done.status == 2 and "does not fit its config" in done.err
-    assert len(done.err.splitlines()) == 1
 
 
 def test_paths_with_spaces_and_other_alphabets(server, tmp_path):
@@ -185,33 +174,3 @@ def test_a_folder_that_may_not_be_written(server, tmp_path, place, script, args)
     assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
     assert "Permission denied" in done.err or "cannot be written" in done.err
     assert snapshot(here) == before
-
-
-# ---- wrong data ----
-
-@pytest.fixture
-def broken_cifar(tmp_path, cifar10_root):
-    """A copy of CIFAR-10 in which one batch may be replaced; the others are links."""
-    folder = tmp_path / "data" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for file in (cifar10_root / "cifar-10-batches-py").iterdir():
-        (folder / file.name).symlink_to(file.resolve())
-    return folder
-
-
-@pytest.mark.parametrize("damage", ["missing", "wrong md5", "unreadable", "a folder"])
-def test_wrong_data_is_refused_by_file_name(server, broken_cifar, tmp_path, damage):
-    batch = broken_cifar / "data_batch_3"
-    content = batch.read_bytes()
-    batch.unlink()
-    if damage == "wrong md5":
-        batch.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-    elif damage == "unreadable":
-        batch.write_bytes(content)
-        batch.chmod(0)
-    elif damage == "a folder":
-        batch.mkdir()
-    done = server.run("train.py", "--exp", "E1", *small_run_flags("train.total_steps=2"), "--data-root",
-                      broken_cifar.parent, "--out", tmp_path / "runs", cwd=tmp_path, unprivileged=True)
-    assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
-    assert "data_batch_3" in done.err and not (tmp_path / "runs").exists()

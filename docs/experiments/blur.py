@@ -7,7 +7,6 @@ enlarged again. Prints a line for each square and run: distances, and their pair
 reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise as it is.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,16 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from swap import differences
-
 from config import default
 from data import load_images
 from distances import Distances, extract_shared
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from evaluate import sample_images
 from fid import feature_network
 from parallel import precision
 from runs import load_run
+from swap import differences
 
 SQUARES = (1, 2, 4)  # pixels
 REFERENCE = 10_000   # training images
@@ -39,8 +37,7 @@ def blurred(images: Tensor, square: int) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")

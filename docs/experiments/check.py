@@ -8,7 +8,6 @@ three seeds. A run is compared with the study's runs of the same training; its s
 it must be measured with --profile study.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy.stats import t as student
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from checkpoint import replace_file
 from config import load_tables
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from report import HARMLESS, differing, table
 from runs import Run, find_runs
 
@@ -111,8 +110,7 @@ def check(run: Run, root: Path) -> tuple[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR")
     parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs", help="our runs: RUNS/EXP/seedSEED")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of bands.md")

@@ -7,7 +7,6 @@ linear estimate from x_t's channel means (evaluate.best_mean_slope). Prints a li
 corrected, from the same noise: distances, and the samples' spread of mean colours and texture beside the data's.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from config import default
 from data import load_images, to_model_range
 from diffusion import SAMPLERS, Diffusion
 from distances import Distances, extract_shared
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from evaluate import best_mean_slope, sample_images
 from fid import feature_network
 from parallel import precision
@@ -50,8 +49,7 @@ class Corrected(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--above", type=int, default=500, help="the last timestep that is left as it is")
     parser.add_argument("--n", type=int, default=500)

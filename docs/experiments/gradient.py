@@ -14,7 +14,6 @@ first line. Errors are of the examples only; another checkpoint or seed can diff
 takes nine minutes on one thread and 1 GB.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import default
 from data import load_images, to_model_range
 from diffusion import Diffusion
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from rng import generator, seed_global
 from runs import load_run, weights_of
 
@@ -85,8 +84,7 @@ def jackknife(values: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=4000, help="examples, a multiple of 10; default %(default)s")
     parser.add_argument("--at", type=int, default=130, help="clean is t < AT; 130: w = 1 from there on, at gamma 5")

@@ -6,7 +6,6 @@
 The page compares runs/E5 of the folders results/fp32 and results/bf16 too, and two seeds of E1 in fp32 beside them.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from checkpoint import replace_file
 from config import default
 from data import load_images
 from distances import Distances, extract_shared
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from evaluate import sample_images
 from fid import Estimate, feature_network, load_npz
 from report import table
@@ -100,8 +99,7 @@ def page(results: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--ddim-nfe", type=int, help="that of the run's grids by default; DDPM's is that of milestones")

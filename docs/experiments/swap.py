@@ -9,7 +9,6 @@ start from the noise of the first run's seed. Features are those of its mileston
 given.
 """
 
-import argparse
 import json
 import sys
 from itertools import product
@@ -23,7 +22,7 @@ from config import default, flatten
 from data import load_images
 from diffusion import SAMPLERS
 from distances import Distances, extract_shared
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from evaluate import sample_images
 from fid import Estimate, feature_network
 from parallel import precision
@@ -94,7 +93,7 @@ def swap(run_dirs: list[Path], at: int, n: int | None = None, sampler: str | Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--at", type=int, default=130, help="130: the first t with w = 1 at gamma 5, linear betas")
     parser.add_argument("--n", type=int, help="the first run's milestone number by default")
