@@ -1,18 +1,14 @@
 """docs/experiments/blur.py: distances after all images have lost their detail."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_network
 
+import blur
 from data import make_shapes
 from errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
-import blur
 
 
 def test_detail_inside_of_a_square_is_lost_and_the_rest_stays():

@@ -2,17 +2,13 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from test_report import edit, make_run
 
+import check
 from errors import UserError
 from runs import Run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
-import check
 
 
 def write_logs(path, scale):

@@ -1,18 +1,14 @@
 """colour.py: the mean colour of eps_hat, set right above a timestep."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import colour
 from data import make_shapes, to_model_range
 from diffusion import Diffusion, linear_betas
 from rng import generator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
-import colour
 
 D = Diffusion(linear_betas())
 

@@ -110,7 +110,7 @@ BAD_OVERRIDES = [  # one of each kind of fault, and the facts that the line must
     ("model.channel_mults=[1,1,1,1,1,1,1]", ["7", "1 to 6"]), ("model.channel_mults=2", ["2 is not a list"]),
     ("model.attn_resolutions=[20]", ["20", "[32, 16, 8, 4]"]), ("grid.nfe=1001", ["1001", "1000"]),
     ("eval.nfe=2000", ["2000", "1000"]), ("seed=-1", ["seed", "-1"]), ("train.lr=" + "[" * 3000, ["train.lr"]),
-    ("train.lr=1" + "0" * 400, ["train.lr"]),
+    *((f"train.lr={value}", ["train.lr"]) for value in ("1" + "0" * 400, "{a=" * 2000, '"' * 5, "1e999", "0x", "\n")),
 ]
 
 

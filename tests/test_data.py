@@ -84,12 +84,20 @@ def test_cifar10_is_byte_exact(cifar10_root):
     assert means == pytest.approx([125.306918046875, 122.950394140625, 113.86538318359375], abs=1e-9)
 
 
-def test_a_damaged_cifar10_is_refused_by_file_name(cifar10_root, tmp_path):
+@pytest.mark.parametrize("damage", ["missing", "zeros", "a bit", "a folder"])
+def test_a_damaged_cifar10_is_refused_by_file_name(cifar10_root, tmp_path, damage):
     folder = tmp_path / "cifar-10-batches-py"
     shutil.copytree(cifar10_root / "cifar-10-batches-py", folder)
     folder.chmod(0o755)
-    (folder / "data_batch_3").chmod(0o644)
-    (folder / "data_batch_3").write_bytes(b"\0" * 100)
+    batch = folder / "data_batch_3"
+    batch.chmod(0o644)
+    content = bytearray(batch.read_bytes())
+    content[1000] ^= 1
+    batch.unlink()
+    if damage == "a folder":
+        batch.mkdir()
+    elif damage != "missing":
+        batch.write_bytes(content if damage == "a bit" else bytes(100))
     with pytest.raises(UserError, match="data_batch_3"):
         load_images("cifar10", tmp_path)
     with pytest.raises(UserError, match="data_batch_1"):  # the folder of batches itself: no reason to download

@@ -1,20 +1,16 @@
 """docs/experiments/gradient.py: how noisy gradients are, against the definitions."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import gradient
 from data import make_shapes, to_model_range
 from diffusion import Diffusion, linear_betas
 from errors import UserError
 from model import UNet
 from rng import generator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
-import gradient
 
 N = 20
 

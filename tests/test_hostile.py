@@ -24,7 +24,7 @@ from diffusion import Diffusion, linear_betas
 from errors import UserError, run_script
 from fid import FeatureStats
 from runs import Run, load_run, read_jsonl
-from weighting import WEIGHTINGS, loss_weights
+from weighting import loss_weights
 
 RUN = *SMALLEST, "train.total_steps=2", "log.every=1"
 
@@ -71,6 +71,7 @@ CHECKPOINTS = {
     **{f"{network} {value!r}": lambda s, n=network, v=value: s.update({n: v})
        for network in ("model", "ema") for value in ([], {}, 3, None, "weights", {"conv_in.weight": 5})},
     **{f"without {key}": lambda s, key=key: s.pop(key) and None for key in ("model", "ema", "config", "step")},
+    "without a weight": lambda s: s.update(model={k: s["model"][k] for k in s["model"] if k != "conv_in.weight"}),
     "another shape": lambda s: s["ema"].update({"conv_in.weight": torch.zeros(2, 3, 3, 3)}),
     "config a list": lambda s: s.update(config=[1]),
     "config without loss": lambda s: s["config"].pop("loss") and None,
@@ -91,15 +92,9 @@ def test_a_checkpoint_is_validated(run_dir, name):
                 lambda: evaluate.main([str(run_dir), "--device", "cpu"])):
         with pytest.raises(UserError, match="seed1077|smoke"):
             use()
-    assert files(run_dir) == before
-
-
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if not name.endswith(("nan", "inf"))])
-def test_a_resume_validates_it_too(run_dir, name):
-    edit(run_dir, CHECKPOINTS[name])
-    before = files(run_dir)
-    with pytest.raises(UserError):
-        resume(run_dir)
+    if not name.endswith(("nan", "inf")):  # a resumed training sees these itself
+        with pytest.raises(UserError):
+            resume(run_dir)
     assert files(run_dir) == before
 
 
@@ -169,19 +164,6 @@ def test_a_name_cannot_be_a_path(tmp_path, name, table):
     path.write_text(f"{EXPERIMENTS.read_text()}\n[{table}.{json.dumps(name)}]\n{text}\n")
     with pytest.raises(ConfigError, match="letters, digits"):
         load_config(name, path) if table == "experiments" else load_tables(table, path)
-
-
-@pytest.mark.parametrize("value", ["[" * 3000, "[" * 3000 + "]" * 3000, "{a=" * 2000, '"' * 5, "1e999", "nan", "0x",
-                                   "\n"])
-def test_an_override_that_is_no_value(value):
-    with pytest.raises(ConfigError, match=r"train\.lr"):
-        load_config("E1", overrides=[f"train.lr={value}"])
-
-
-def test_a_toml_of_brackets(tmp_path):
-    (tmp_path / "mine.toml").write_text("a = " + "[" * 5000)
-    with pytest.raises(ConfigError, match=r"mine\.toml"):
-        load_config("E1", tmp_path / "mine.toml")
 
 
 def test_a_run_with_formulas_for_a_name_is_refused_by_figures(run_dir):
@@ -258,13 +240,6 @@ def test_no_shape_is_broadcast_and_no_t_wraps_round(change):
         diffusion.q_sample(**good | change)
     with pytest.raises(ValueError, match=r"t: must|\(B, ...\)"):
         diffusion.eps_mse(lambda x_t, t: x_t, **good | change)
-
-
-@pytest.mark.parametrize("kind", WEIGHTINGS)
-@pytest.mark.parametrize("bad", [[float("nan"), 1.0], [-1.0, 1.0], [float("inf"), 1.0]])
-def test_weights_of_no_snr(kind, bad):
-    with pytest.raises(ValueError, match="snr"):
-        loss_weights(torch.tensor(bad), kind, 5.0)
 
 
 def test_the_mean_of_a_batch_normalises_nothing():

@@ -1,16 +1,10 @@
 """docs/experiments/pages.py, and the pages that it keeps up to date."""
 
-import importlib.util
-
 import pytest
-from conftest import ROOT
 
+import pages
 from config import list_experiments
 from errors import UserError
-
-spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "experiments" / "pages.py")
-pages = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pages)
 
 
 @pytest.mark.parametrize("exp", [exp for exp in list_experiments() if exp != "smoke"])

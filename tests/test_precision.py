@@ -2,16 +2,12 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from runs import Run, influence_path, read_jsonl
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "experiments"))
 import precision
+from runs import Run, influence_path, read_jsonl
 
 
 def write_jsonl(path, records):

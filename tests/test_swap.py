@@ -1,17 +1,12 @@
 """docs/experiments/swap.py: two networks in one chain of samples."""
 
-import importlib.util
-
 import pytest
 import torch
-from conftest import ROOT, tiny_network
+from conftest import tiny_network
 
+import swap
 from errors import UserError
 from runs import paired_differences, read_jsonl
-
-spec = importlib.util.spec_from_file_location("swap", ROOT / "docs" / "experiments" / "swap.py")
-swap = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(swap)
 
 WITH_FID = ["eval.features=inception", "eval.n_samples=20", "eval.final_n_samples=20"]
 

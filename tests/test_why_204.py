@@ -1,20 +1,16 @@
 """docs/experiments/why_204.py, held to closed forms and to the project's samplers."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 from conftest import ROOT
 
+import why_204
 from diffusion import Diffusion, linear_betas
 from rng import generator
 
 PAGES = ROOT / "docs" / "experiments"
-
-spec = importlib.util.spec_from_file_location("why_204", PAGES / "why_204.py")
-why_204 = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(why_204)
 
 D = Diffusion(linear_betas())
 IMAGES = why_204.shapes_images()
