@@ -99,7 +99,7 @@ class Distances:
     def context(self, n: int) -> dict[str, float | None]:
         """NAME_floor, NAME_floor_test, NAME_ceiling of every metric at n images.
 
-        None if a set has fewer, and for the floor of KID, whose reference the training images are.
+        None if a set has fewer images, and for the floor of KID, since the training images are its reference.
         """
         cached = from_first(lambda: read_json(self.context_path) if self.context_path.exists() else {})
         if cached.get("origin") != self.origin:

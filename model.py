@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         h = self.conv1(silu(self.norm1(x)))
         h += self.emb(emb)[:, :, None, None]  # emb has passed SiLU once, in UNet.forward
         h = self.conv2(self.dropout(silu(self.norm2(h))))
-        h += self.skip(x)  # in place, twice: no gradient needs what a convolution has put out
+        h += self.skip(x)  # in place, twice: no backward pass needs the output of a convolution
         return h
 
 

@@ -7,7 +7,6 @@
 FIGURES holds a function per kind: from runs, of one or several seeds, to a Figure with its caption. Raises UserError.
 """
 
-import argparse
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 
 from config import load_tables
 from diffusion import BETAS, PREDICTIONS, SAMPLERS, Diffusion
-from errors import UserError, nearest, run_script
+from errors import UserError, argument_parser, nearest, run_script
 from fid import metric_name
 from runs import Run, build, find_runs, paired_differences, weights_of
 from weighting import WEIGHTINGS, loss_weights
@@ -64,7 +63,9 @@ def finish(ax, runs: list[Run], caption: str) -> Figure:
     entries = {h.get_label(): h for ax in ax.figure.axes for h in ax.get_legend_handles_labels()[0]}
     ax.figure.legend(entries.values(), entries.keys(), loc="outside upper center", handlelength=3.5,
                      ncols=2 if len(entries) == 4 else 3)
-    caption += f" Seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}." if runs else ""
+    seeds = sorted({run.seed for run in runs})
+    caption += f" Seeds: {', '.join(map(str, seeds))}." if seeds else ""
+    caption += " Every second one has open markers." if len(seeds) > 1 else ""
     ax.figure.supxlabel(fill(caption, int(ax.figure.get_figwidth() * 15.5)), x=0.01, ha="left", fontsize=8)
     return ax.figure
 
@@ -167,19 +168,30 @@ def distance(ax, runs: list[Run]) -> str:
            for run in runs}
     keys, text = distance_axis(ax, own)
     for run, look in looks(runs).items():
-        ax.errorbar(*columns([r for r in own[run] if r["kind"] == "milestone"], "step", *keys), **look)
-        for r in [r for r in own[run] if r["kind"] == "final"]:
-            ax.errorbar(*columns([r], "step", *keys), **look | {
-                "marker": "*", "label": None, "markersize": 2 * look["markersize"]})
-    return f"{text} Stars: final; do not compare different n."
+        course(ax, own[run], keys, look)
+    final = any(r["kind"] == "final" for records in own.values() for r in records)
+    return text + " Stars: final; do not compare different n." * final
+
+
+def course(ax, records: list[dict], keys: tuple[str, str], look: dict) -> None:
+    """Milestones as a line, and what was measured at the end as stars."""
+    if points := [r for r in records if r["kind"] == "milestone"]:
+        ax.errorbar(*columns(points, "step", *keys), **look)
+    for r in [r for r in records if r["kind"] == "final"]:
+        ax.errorbar(*columns([r], "step", *keys), **look | {
+            "marker": "*", "label": None, "markersize": 2 * look["markersize"]})
 
 
 def difference(ax, runs: list[Run]) -> str:
-    """Milestones in percent of the first experiment's at the same seed."""
+    """In percent of the first experiment's distance at the same seed and step. A line of milestones has its seed."""
     key, look = metric_name("fd", runs[0].config.eval.features), looks(runs)
     for run, base in baselines(runs).items():
-        if points := changes(base, run, "milestone"):
-            ax.errorbar(*columns(points, "step", key, f"{key}_stderr"), **look[run])
+        points = [d for kind in ("milestone", "final") for d in changes(base, run, kind)
+                  if d["step"] == d["step_a"] and d["sampler"] == run.config.eval.sampler]
+        course(ax, points, (key, f"{key}_stderr"), look[run])
+        if len(milestones := [d for d in points if d["kind"] == "milestone"]) > 1:
+            end = milestones[-1]["step"], milestones[-1][key]
+            ax.annotate(f"seed {run.seed}", end, (-6, 6), ha="right", fontsize=8, textcoords="offset points")
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set_ylabel(f"difference from\n{runs[0].exp} (%)")
     return "Differences: of paired samples, seed by seed."
@@ -371,8 +383,7 @@ def save(fig: Figure, out: Path, name: str) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     tables = load_tables("figures")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # so that an error is one line
+    parser = argument_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of experiments.toml: {', '.join(tables)}")
     parser.add_argument("--all", action="store_true", help="every figure whose runs are there; the others are listed")
     parser.add_argument("--kind", action="append", default=[], choices=FIGURES, help="with --exps")

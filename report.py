@@ -4,7 +4,6 @@
     python report.py E5 E6 --runs DIR         any two experiments: the baseline, then the arm
 """
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from scipy.stats import t as student
 import plots
 from checkpoint import replace_file
 from config import OWN, PATHS, flatten, load_tables
-from errors import UserError, nearest, one_line, run_script
+from errors import UserError, argument_parser, nearest, one_line, run_script
 from fid import METRICS, metric_name
 from runs import Run, build, find_runs, paired_differences, read_json
 
 DISTANCE, TRACE = (0.93, 1.07), (0.90, 1 / 0.90)  # registered limits of arm / baseline; lower is better
-Z, LAST = 1.96, 1 - 1e-9                          # standard errors of 95 %; `after` which only the last step comes
+Z, LAST = 1.96, 1 - 1e-9                          # standard errors of 95 %; a part of a run: all but its last step
 HARMLESS = (*PATHS, "train.checkpoint_every", "log.", "grid.", "eval.", "curvature.")  # keys that change no training
 
 
@@ -180,7 +179,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def verdict(pairs: list[tuple[Run, Run]], found: dict[str, tuple[list[Point], dict]]) -> list[str]:
-    """Paragraphs: the two registered measures, what they are not, and the rule."""
+    """Paragraphs: the verdict on both registered measures, a note if they are measured in another way, and the rule."""
     (a, b), fd, rows = pairs[0], metric_name("fd", pairs[0][0].config.eval.features), []
     name = max((name for name, (_, r) in found.items() if (r["kind"], r["sampler"], r["nfe"], r["metric"]) == (
         "final", "ddpm", 50, fd)), key=lambda name: found[name][1]["n"], default=f"final, DDPM 50: {fd}")
@@ -198,6 +197,8 @@ def verdict(pairs: list[tuple[Run, Run]], found: dict[str, tuple[list[Point], di
             [change, f"{low} to {high}", f"{d.p:.2g}", gain] if len(seeds) > 1 else [""] * 4)])
     note = [safe(f"The distance is {fd} at n = {line['n']:,}. The registered measure is val/fd_lite0 at n = 10,000.")
             ] if line and (fd, line["n"]) != ("val/fd_lite0", 10_000) else []
+    if len(pairs) < 4:
+        note.append("A verdict on fewer than four seeds is provisional: four is what was registered.")
     return [table(["verdict", "measure", "seeds", "change", "95 % interval", "p", "gain hoped for"], rows), *note, (
         "Lower is better. The change is the mean over seeds of ln(arm / baseline), in percent. p is corrected for two "
         "measures (Holm). Better or worse: the 95 % t-interval excludes 0, p is below 0.05, and the change is beyond "
@@ -246,8 +247,7 @@ def compare(pairs: list[tuple[Run, Run]], notes: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)  # so that an error is one line
+    parser = argument_parser(__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="a comparison, or two experiments: baseline and arm")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with RUNS/EXP/seedSEED; default runs")
     parser.add_argument("--out", type=Path, help="folder to write to; default RUNS/reports/NAME")

@@ -165,7 +165,7 @@ def resumed(config: Config, run_dir: Path, env_then: dict, env: dict) -> dict | 
         with fits_config(run_dir):
             for name in ("model", "ema"):
                 network.load_state_dict(saved[name])
-            saved["optimizer"], saved["sums"]  # a milestone's file has none
+            saved["optimizer"], saved["sums"]  # a KeyError, if this is the file of a milestone
     step = saved["step"] if saved else 0
     again = f"; steps {step + 1} to {reached} are repeated" if reached > step else ""
     print(f"{run_dir}: resuming from step {step}{again}")

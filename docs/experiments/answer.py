@@ -7,7 +7,6 @@ answer.svg and answer.md to --out, and without --out the table into summary.md. 
 missing is left out.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from check import AT, EXPS, training
-from gradient import GROUPS
-
 from checkpoint import replace_file
 from config import load_tables
 from diffusion import spaced_timesteps
-from errors import UserError, run_script
+from errors import UserError, argument_parser, run_script
 from fid import metric_name
+from gradient import GROUPS
 from plots import changes, looks, save
 from report import DISTANCE, decide, table
 from runs import Run, find_runs, read_jsonl
@@ -97,27 +95,30 @@ def profile(run: Run, step: int, key: str = "eps_mse_ema") -> dict[int, float]:
 
 
 A, B = EXPS
-ALL, ABOVE, BELOW = "Min-SNR at all t", "Min-SNR above t = 130", "Min-SNR below t = 130"
-SWAPS = {ALL: (B, B), ABOVE: (B, A), BELOW: (A, B)}  # network of the noisy timesteps, and of the clean ones
-SEEDS, LONGER = "two vanilla seeds (control)", "vanilla, twice the steps"
+PARTS = "at all t", "above t = 130", "below t = 130"  # timesteps of which the other network draws the samples
+ALL, ABOVE, BELOW = SWAPS = [f"Min-SNR {part}" for part in PARTS]
+CONTROLS = [f"another vanilla seed {part}" for part in PARTS]
+LONGER = "vanilla, twice the steps"
+
+
+def mixed(one: str, two: str) -> tuple[tuple[str, str], ...]:
+    """(network of the noisy timesteps, of the clean ones) for each of PARTS."""
+    return (two, two), (two, one), (one, two)
 
 
 def swapped(base: Run, step: int, root: Path) -> dict[str, float]:
     """{combination: ratio of Frechet distances} of a seed, from the logs that the workflow writes to RUNS/swap.
 
-    The ratio is to the baseline's own samples. That of two seeds of the baseline, s and u, is of the sum of both
-    combinations to the sum of both networks alone.
+    The ratio is to the baseline's own samples.
     """
     s, folder, fd, found = base.seed, root / "swap", metric_name("fd", base.config.eval.features), {}
     for path in sorted(folder.glob(f"{A}_{s}_*_step{step}.jsonl")):
         if len(lines := read_jsonl(path)) < 4:  # still being written
             continue
         values, own = {(r["noisy"], r["clean"]): r[fd] for r in lines}, lines[0]
-        if (B, B) in values:
-            found |= {name: values[pair] / own[fd] for name, pair in SWAPS.items()}
-        else:
-            mixed, alone = ([v for (x, y), v in values.items() if (x == y) == same] for same in (False, True))
-            found[SEEDS] = sum(mixed) / sum(alone)
+        one, two = own["clean"], lines[-1]["clean"]
+        names = SWAPS if two == B else CONTROLS
+        found |= {name: values[pair] / own[fd] for name, pair in zip(names, mixed(one, two), strict=True)}
         longer = folder / f"{A}_{s}_step{2 * step}.jsonl"
         if longer.exists() and (r := read_jsonl(longer)[0])["n"] == own["n"]:
             found[LONGER] = r[fd] / own[fd]
@@ -128,7 +129,7 @@ def swaps(arms: Arms) -> dict[str, dict[int, float]]:
     """{combination: {seed: ratio}} of those that were measured."""
     found = {base.seed: swapped(base, arms.step, arms.root) for base, _ in arms.pairs}
     by_name = {name: {seed: ratios[name] for seed, ratios in found.items() if name in ratios}
-               for name in (*SWAPS, SEEDS, LONGER)}
+               for name in (*SWAPS, *CONTROLS, LONGER)}
     return {name: seeds for name, seeds in by_name.items() if seeds}
 
 
@@ -193,12 +194,14 @@ def panel_swaps(ax, arms: Arms) -> None:
 def panel_frontier(ax, arms: Arms) -> None:
     key = metric_name("fd", arms.pairs[0][0].config.eval.features)
     for base, arm in arms.pairs:
+        here = [d for d in changes(base, arm, "frontier") if d["step"] == arms.step]
+        here = [d for d in here if d["n"] == max(d["n"] for d in here)]
         for sampler, dash in (("ddpm", "-"), ("ddim", "--")):
-            points = sorted((d["nfe"], d[key]) for d in changes(base, arm, "frontier") if d["sampler"] == sampler)
-            ax.plot(*zip(*points, strict=True), dash, marker="s", markersize=3, color="#d55e00",
-                    label=f"{sampler.upper()}" if (base, arm) == arms.pairs[0] else None)
+            if points := sorted((d["nfe"], d[key]) for d in here if d["sampler"] == sampler):
+                ax.plot(*zip(*points, strict=True), dash, marker="s", markersize=3, color="#d55e00",
+                        label=f"{sampler.upper()}" if (base, arm) == arms.pairs[0] else None)
     ax.axhline(0, color="#000000", linewidth=1)
-    ax.set(xscale="log", xlabel="NFE (network calls per sample)", ylabel="change of the distance (%)",
+    ax.set(xscale="log", xlabel="NFE (network calls per sample)", ylabel="Min-SNR's change of the distance (%)",
            title="over the number of calls")
     ax.legend()
 
@@ -232,7 +235,8 @@ def panel_slope(ax, arms: Arms) -> None:
                     label=look["label"] if pair == arms.pairs[0] else None)
     best = profile(arms.pairs[0][0], arms.step, "eps_mean_slope_best")
     ax.plot(best.keys(), best.values(), color="#0072b2", linewidth=2, label="best linear denoiser")
-    ax.set(xlabel="timestep t", ylabel="slope of eps_hat's channel means", title="how much of the mean colour is seen")
+    ax.set(xlabel="timestep t", ylabel="slope of eps_hat's channel means on x_t's",
+           title="how much of the mean colour is seen")
     ax.legend()
 
 
@@ -248,22 +252,21 @@ def panel_averaged(ax, arms: Arms) -> None:
         ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1,
                     linestyle="-" if step == arms.step else "--", label=f"seed {seed}, step {step:,}")
     ax.axhline(0, color="#000000", linewidth=1)
-    ax.set(xlabel="pixels averaged, in samples and training images", ylabel="change of the distance (%)",
+    ax.set(xlabel="pixels averaged, in samples and training images", ylabel="Min-SNR's change of the distance (%)",
            title="is the difference in the fine detail?")
     ax.legend()
 
 
-def measured(log: Callable[[Run], object]) -> Callable[[Arms], bool]:
-    """Whether every run has it."""
-    return lambda arms: all(log(run) for pair in arms.pairs for run in pair)
+def measured(log: Callable[[Run, int], object]) -> Callable[[Arms], bool]:
+    """Whether every run has it, at the step of arms."""
+    return lambda arms: all(log(run, arms.step) for pair in arms.pairs for run in pair)
 
 
-PANELS: dict[Callable, Callable[[Arms], bool]] = {  # and when it can be drawn
-    panel_profile: measured(lambda run: run.log("per_t")), panel_swaps: lambda arms: bool(swaps(arms)),
-    panel_frontier: measured(lambda run: run.results("frontier")),
-    panel_slope: measured(lambda run: "eps_mean_slope_ema" in run.log("per_t")[-1]),
-    panel_averaged: lambda arms: bool(averaged(arms.root)),
-    panel_forest: measured(lambda run: run.results("milestone"))}
+PANELS: dict[Callable, Callable[[Arms], object]] = {  # and when it can be drawn
+    panel_profile: lambda arms: True, panel_swaps: swaps,
+    panel_frontier: measured(lambda run, step: any(r["step"] == step for r in run.results("frontier"))),
+    panel_slope: measured(lambda run, step: profile(run, step, "eps_mean_slope_ema")),
+    panel_averaged: lambda arms: averaged(arms.root), panel_forest: lambda arms: True}
 
 
 def description(arms: Arms) -> str:
@@ -282,8 +285,8 @@ def answer(arms: Arms) -> Figure:
         ax = fig.add_subplot(grid[i // 2, :] if wide else grid[i // 2, i % 2])
         panel(ax, arms)
         ax.set_title(f"({'abcdef'[i]}) {ax.get_title()}")
-    caption = (f"{description(arms)} Bars: 95 % intervals, of a seed for its samples, of a mean over seeds. "
-               "Grey: ±7 %, the limits registered for 50,000 steps.")
+    caption = (f"{description(arms)} Where a legend names a step, it holds. Bars: 95 % intervals, of a seed for its "
+               "samples, of a mean over seeds. Grey: ±7 %, the limits registered for 50,000 steps.")
     fig.supxlabel(fill(caption, 160), x=0.01, ha="left", fontsize=8)
     return fig
 
@@ -436,7 +439,7 @@ def calls(arms: Arms) -> str:
         T, fd = arms.pairs[0][0].config.diffusion.num_timesteps, metric_name("fd", own["features"])
         clean = sum(t < own["at"] for t in spaced_timesteps(T, own["nfe"]).tolist())
         found.append((own["seed"], own["step"], own["nfe"], clean, own["n"], f"{own[fd]:.1f}",
-                      *(relative(by_networks[networks], own, fd) for networks in SWAPS.values())))
+                      *(relative(by_networks[networks], own, fd) for networks in mixed(A, B))))
         how = f"{own['sampler'].upper()}, {own['features']}; 95 % intervals of the samples"
     header = ["seed", "step", "NFE", "of them below t = 130", "n", "vanilla", *SWAPS]
     return "" if not found else (
@@ -466,8 +469,7 @@ def gradients(root: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
     parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs", help="folder with RUNS/EXP/seedSEED")
     parser.add_argument("--out", type=Path, help="folder to write to; docs/experiments/results by default")
     args = parser.parse_args(argv)
@@ -478,8 +480,8 @@ def main(argv: list[str] | None = None) -> int:
             "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
             "\n\n"
             + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
-    text = "\n".join(filter(None, (text, course(arms), gradients(args.runs), calls(arms), blurs(args.runs),
-                                    colours(args.runs), others(arms))))
+    tables = text, course(arms), gradients(args.runs), calls(arms), blurs(args.runs), colours(args.runs), others(arms)
+    text = "\n".join(f"**Table {i}.** {table}" for i, table in enumerate(filter(None, tables), start=1))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
         page = HERE / "summary.md"
