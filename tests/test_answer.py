@@ -139,9 +139,9 @@ def test_table_of_the_swaps_at_several_numbers_of_calls(runs, tmp_path, capsys):
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
     lines = text[text.index("number of network calls (DDPM, lite0"):].splitlines()
-    assert lines[4] == f"| 1077 | {STEP} | 50 | 7 | 1000 | 200.0 | +2.0 ± 1.0 % | -5.0 ± 1.0 % | +10.0 ± 1.0 % |"
-    assert lines[5] == f"| 1077 | {STEP} | 100 | 13 | 1000 | 200.0 | +4.0 ± 1.0 % | -10.0 ± 1.0 % | +20.0 ± 1.0 % |"
-    assert len(lines) == 6  # that of NFE 10 is still being written
+    assert [line for line in lines if line.startswith("| 1077")] == [  # that of NFE 10 is still being written
+        f"| 1077 | {STEP} | 50 | 7 | 1000 | 200.0 | +2.0 ± 1.0 % | -5.0 ± 1.0 % | +10.0 ± 1.0 % |",
+        f"| 1077 | {STEP} | 100 | 13 | 1000 | 200.0 | +4.0 ± 1.0 % | -10.0 ± 1.0 % | +20.0 ± 1.0 % |"]
 
 
 def test_table_of_the_blurred_samples(runs, tmp_path, capsys):

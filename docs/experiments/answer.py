@@ -106,15 +106,18 @@ def mixed(one: str, two: str) -> tuple[tuple[str, str], ...]:
     return (two, two), (two, one), (one, two)
 
 
+def complete(folder: Path, pattern: str) -> list[list[dict]]:
+    """The lines of the logs of this name that have all four; others are still being written."""
+    return [lines for path in sorted(folder.glob(pattern)) if len(lines := read_jsonl(path)) == 4]
+
+
 def swapped(base: Run, step: int, root: Path) -> dict[str, float]:
     """{combination: ratio of Frechet distances} of a seed, from the logs that the workflow writes to RUNS/swap.
 
     The ratio is to the baseline's own samples.
     """
     s, folder, fd, found = base.seed, root / "swap", metric_name("fd", base.config.eval.features), {}
-    for path in sorted(folder.glob(f"{A}_{s}_*_step{step}.jsonl")):
-        if len(lines := read_jsonl(path)) < 4:  # still being written
-            continue
+    for lines in complete(folder, f"{A}_{s}_*_step{step}.jsonl"):
         values, own = {(r["noisy"], r["clean"]): r[fd] for r in lines}, lines[0]
         one, two = own["clean"], lines[-1]["clean"]
         names = SWAPS if two == B else CONTROLS
@@ -330,18 +333,23 @@ def rows(arms: Arms) -> list[list[str]]:
     return found
 
 
+def section(text: str, header: list[str], found: list[list[str]]) -> str:
+    """A table below its text; "" if it has no row."""
+    return f"{fill(text, 106, break_on_hyphens=False)}\n\n{table(header, found)}\n" if found else ""
+
+
 def colours(root: Path) -> str:
     """A table of what colour.py has logged in RUNS/colour; "" if there is nothing."""
-    found = []
+    found, text = [], ""
     for r in [r for path in sorted((root / "colour").glob("*.jsonl")) for r in read_jsonl(path)]:
         keys = [*(metric_name(metric, r["features"]) for metric in ("fd", "kid")), *SPREAD]
         found.append([f"{r['exp']}, seed {r['seed']}, {r['sampler'].upper()} {r['nfe']}", r["mean_colour"],
                       *(f"{r[key]:.4g}" for key in keys)])
         data = f"in training images {r[f'{SPREAD[0]}_train']:.1f} and {r[f'{SPREAD[1]}_train']:.1f}"
         text = (f"Step {r['step']:,}, n = {r['n']:,}, {r['features']}; corrected: at t > {r['above']} the channel "
-                f"means of eps_hat are the best linear ones.\nSpread and texture in levels of 255; {data}.")
+                f"means of eps_hat are the best linear ones. Spread and texture in levels of 255; {data}.")
     header = ["samples", "mean colour", "Fréchet distance", "KID", "spread of mean colours", "texture"]
-    return f"{text}\n\n{table(header, found)}\n" if found else ""
+    return section(text, header, found)
 
 
 def compared(base: Run, arm: Run, d: dict) -> list[str]:
@@ -361,7 +369,7 @@ CELLS = ["vanilla", "Min-SNR", "change", "KID", "colour spread"]
 
 def course(arms: Arms) -> str:
     """A table of the distances of seeds that have gone past the step of all pairs; "" if none has."""
-    found, times = [], sorted(profile(arms.pairs[0][0], arms.step).keys() & {0, 130, 999})
+    found, how, times = [], "", sorted(profile(arms.pairs[0][0], arms.step).keys() & {0, 130, 999})
     for base, arm in arms.pairs:
         points = [d for kind in ("milestone", "final") for d in changes(base, arm, kind)
                   if d["sampler"] == base.config.eval.sampler and d["step"] == d["step_a"]]
@@ -373,12 +381,11 @@ def course(arms: Arms) -> str:
                           *(percent([hybrids[name]]) if name in hybrids else "" for name in (ABOVE, BELOW))])
             how = f"{d['sampler'].upper()} {d['nfe']}, {d['features']}"
     header = ["seed", "step", "n", *CELLS, *(f"eps-MSE, t = {t}" for t in times), ABOVE, BELOW]
-    return "" if not found else (
-        f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), the changes of\n"
-        "distance and KID with the 95 % intervals of the samples, the spread of mean colours in both arms, and the\n"
-        "changes of the held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only\n"
-        "(at the swap's own n, so not to be compared between rows).\n\n"
-        f"{table(header, found)}\n")
+    return section(
+        f"Seeds past step {arms.step:,}: Fréchet distance of n samples of both arms ({how}), the changes of distance "
+        "and KID with the 95 % intervals of the samples, the spread of mean colours in both arms, and the changes of "
+        "the held-out eps-MSE and of the distance with Min-SNR's network on a part of the timesteps only (at the "
+        "swap's own n, so not to be compared between rows).", header, found)
 
 
 def others(arms: Arms) -> str:
@@ -405,10 +412,10 @@ def others(arms: Arms) -> str:
         lines.append([title, str(one.seed), f"{d['step']:,}", f"{d['sampler'].upper()} {d['nfe']}", f"{d['n']:,}",
                       *compared(one, two, d), ", ".join(f"{slope[last]:.2f}" for slope in slopes if last in slope)])
     header = ["comparison", "seed", "step", "sampler", "n", *CELLS, "slope of the mean colour, highest t"]
-    return "" if not found else (
-        f"Other comparisons of Min-SNR with vanilla, a row per seed and sampler; first, {B} against {A} at the same\n"
-        "seeds and step. Fréchet distance, its change and that of KID with the 95 % intervals of the samples; other\n"
-        "seeds can differ by more. Last columns: vanilla, Min-SNR.\n\n" + table(header, lines) + "\n")
+    return section(
+        f"Other comparisons of Min-SNR with vanilla, a row per seed and sampler; first, {B} against {A} at the same "
+        "seeds and step. Fréchet distance, its change and that of KID with the 95 % intervals of the samples; other "
+        "seeds can differ by more. Last columns: vanilla, Min-SNR.", header, found and lines)
 
 
 def relative(r: dict, own: dict, key: str) -> str:
@@ -417,24 +424,21 @@ def relative(r: dict, own: dict, key: str) -> str:
 
 def blurs(root: Path) -> str:
     """A table of what blur.py has logged in RUNS/blur; "" if there is nothing."""
-    found = []
+    found, how = [], ""
     for own, r in averaged(root):
         fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
         found.append([str(r["seed"]), f"{r['step']:,}", f"{r['square']} x {r['square']}", f"{r['n']:,}",
                       f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
         how = f"{r['sampler'].upper()} {r['nfe']}, {r['features']}"
     header = ["seed", "step", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
-    return "" if not found else (
-        f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so that\n"
-        "all lack the same detail. 95 % intervals of the samples.\n\n" + table(header, found) + "\n")
+    return section(f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so "
+                   "that all lack the same detail. 95 % intervals of the samples.", header, found)
 
 
 def calls(arms: Arms) -> str:
     """A table of the swaps at several NFE that are logged in RUNS/swap/E1_*_E2_*_nfe*.jsonl; "" if there are none."""
-    found = []
-    for path in (arms.root / "swap").glob(f"{A}_*_{B}_*_nfe*.jsonl"):
-        if len(lines := read_jsonl(path)) < 4:  # still being written
-            continue
+    found, how = [], ""
+    for lines in complete(arms.root / "swap", f"{A}_*_{B}_*_nfe*.jsonl"):
         own, by_networks = lines[0], {(r["noisy"], r["clean"]): r for r in lines}
         T, fd = arms.pairs[0][0].config.diffusion.num_timesteps, metric_name("fd", own["features"])
         clean = sum(t < own["at"] for t in spaced_timesteps(T, own["nfe"]).tolist())
@@ -442,18 +446,14 @@ def calls(arms: Arms) -> str:
                       *(relative(by_networks[networks], own, fd) for networks in mixed(A, B))))
         how = f"{own['sampler'].upper()}, {own['features']}; 95 % intervals of the samples"
     header = ["seed", "step", "NFE", "of them below t = 130", "n", "vanilla", *SWAPS]
-    return "" if not found else (
-        f"Changes of the Fréchet distance with the number of network calls ({how}).\n\n"
-        + table(header, [[str(seed), f"{step:,}", *map(str, rest)] for seed, step, *rest in sorted(found)]) + "\n")
+    return section(f"Changes of the Fréchet distance with the number of network calls ({how}).", header,
+                   [[str(seed), f"{step:,}", *map(str, rest)] for seed, step, *rest in sorted(found)])
 
 
 def gradients(root: Path) -> str:
     """A table of what gradient.py has logged in RUNS/gradient; "" if there is nothing."""
     found, wide = [], float(student.ppf(0.975, GROUPS - 1))
-    for path in (root / "gradient").glob(f"{A}_*_{B}_*.jsonl"):
-        if len(lines := read_jsonl(path)) < 4:  # still being written
-            continue
-        own, loss, network, arm = lines  # in the second only the loss is the arm's, in the third only the network
+    for own, loss, network, arm in complete(root / "gradient", f"{A}_*_{B}_*.jsonl"):
         scales = [f"{r['noise_scale']:.1f} ± {wide * r['noise_scale_stderr']:.1f}" for r in (own, arm)]
         changed = [f"{100 * (r['noise_scale_ratio'] - 1):+.0f} ± {100 * wide * r['noise_scale_ratio_stderr']:.0f} %"
                    for r in (arm, loss, network)]
@@ -461,11 +461,11 @@ def gradients(root: Path) -> str:
         found.append((own["seed"], own["step"], own["n"], *scales, *changed, *shares))
     header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "only the loss changed", "only the network changed",
               "vanilla: from below t = 130", "Min-SNR: from below t = 130"]
-    return "" if not found else (
-        "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2: the batch size at which noise and signal\n"
-        "are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. All networks see the same n\n"
-        "examples. 95 % intervals are over examples only; other checkpoints can differ by more.\n\n"
-        + table(header, [[str(seed), f"{step:,}", f"{n:,}", *rest] for seed, step, n, *rest in sorted(found)]) + "\n")
+    return section(
+        "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2: the batch size at which noise and signal "
+        "are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. All networks see the same n "
+        "examples. 95 % intervals are over examples only; other checkpoints can differ by more.", header,
+        [[str(seed), f"{step:,}", f"{n:,}", *rest] for seed, step, n, *rest in sorted(found)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -476,11 +476,11 @@ def main(argv: list[str] | None = None) -> int:
     arms = find(args.runs)
     out = args.out or HERE / "results"
     print(*save(answer(arms), out, "answer"))
-    text = (f"{description(arms)}\nvanilla, Min-SNR: means over seeds. change: the ratio of both at each seed, then "
-            "the geometric mean\nover seeds with its 95 % t-interval. The intervals are not corrected for being many."
-            "\n\n"
-            + table(["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms)) + "\n")
-    tables = text, course(arms), gradients(args.runs), calls(arms), blurs(args.runs), colours(args.runs), others(arms)
+    means = section(
+        f"{description(arms)} vanilla, Min-SNR: means over seeds. change: the ratio of both at each seed, then the "
+        "geometric mean over seeds with its 95 % t-interval. The intervals are not corrected for being many.",
+        ["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms))
+    tables = means, course(arms), gradients(args.runs), calls(arms), blurs(args.runs), colours(args.runs), others(arms)
     text = "\n".join(f"**Table {i}.** {table}" for i, table in enumerate(filter(None, tables), start=1))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
