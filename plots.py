@@ -137,12 +137,14 @@ def weight_atlas(runs: list[Run]) -> Figure:
         for ax, d in zip(axes[1:], processes, strict=True):
             w = loss_weights(d.snr, kind, gamma, d.prediction)
             ax.plot(w / w.mean(), **look)
-            ax.set(title=f"{d.prediction}-prediction", ylim=(0, 6), xlabel="timestep t", ylabel="T x share of gradient")
+            ax.set(title=f"{d.prediction}-prediction", ylim=(0, 6), ylabel="T x share of gradient")
     for d, dash in zip(processes[1:], (":", "--"), strict=True):
         axes[0].plot(1 / d.eps_per_mse, color="#000000", linestyle=dash, label=f"constant, {d.prediction}-prediction")
     axes[0].set(title="any prediction", ylabel="weight on the eps-MSE", yscale="log", xlim=(0, 999))
-    return finish(axes[0], [], "Weighting and gamma; linear betas, T = 1000. Shares: while the error of what is "
-                               "predicted is 1 at every t; 1 is an even share; cut at 6.")
+    for ax in axes[2:]:
+        ax.set(xlabel="timestep t", xticks=[0, 200, 400, 600, 800, 999])
+    return finish(axes[0], [], "Weighting and gamma; linear betas, T = 1000. Shares if the error of what is predicted "
+                               "is 1 at all t: 1 is an even share; cut at 6; those of minsnr_norm are minsnr's.")
 
 
 def distance_axis(ax, own: dict[Run, list[dict]], context: bool = True) -> tuple[tuple[str, str], str]:
