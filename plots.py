@@ -7,6 +7,7 @@
 FIGURES holds a function per kind: from runs, of one or several seeds, to a Figure with its caption. Raises UserError.
 """
 
+import re
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -330,7 +331,7 @@ def grids(runs: list[Run]) -> Figure:
     axes = Figure((3.4 * (len(shown) + first), 3.6 * len(rows))).subplots(len(rows), len(shown) + first, squeeze=False)
     panels = [(axes[0, 0], "training images", data)] * first
     for row, name in zip(axes, rows, strict=True):
-        sampler = name.removesuffix(".png").split("_")[2]
+        sampler = re.sub(r"(\d+)", r" \1", name.removesuffix(".png").split("_")[2]).upper()  # "DDPM 50"
         panels += [(ax, f"{look['label']}, {sampler}", run.path / "grids" / name)
                    for ax, (run, look) in zip(row[first:], looks(shown).items(), strict=True)]
     for ax in axes.flat:

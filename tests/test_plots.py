@@ -298,7 +298,7 @@ def test_grids_have_a_row_per_sampler_and_the_data_for_scale(pair, tmp_path, dra
     Image.new("RGB", (2, 2), (1, 2, 3)).save(pair[0] / "grids" / "data.png")
     fig = draw("grids", "E5", "E6")
     assert [ax.get_title()[:2] for ax in fig.axes] == ["tr", "E5", "E6", "", "E5", "E6"]  # training images once
-    assert [ax.get_title()[-6:] for ax in fig.axes[1::3]] == ["ddim20", "ddpm50"]
+    assert [ax.get_title()[-7:] for ax in fig.axes[1::3]] == ["DDIM 20", "DDPM 50"]
     colors = [tuple(image.get_array()[0, 0]) for ax in fig.axes for image in ax.images]
     assert colors == [(1, 2, 3), (1077 % 256, 60, 5), (1077 % 256, 60, 6), (7, 7, 0), (7, 7, 1)]
     assert "step 60" in caption(fig) and "Seeds: 1077." in caption(fig)
