@@ -174,3 +174,19 @@ def test_a_folder_that_may_not_be_written(server, tmp_path, place, script, args)
     assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
     assert "Permission denied" in done.err or "cannot be written" in done.err
     assert snapshot(here) == before
+
+
+def test_data_that_cannot_be_read_is_refused_by_file_name(server, tmp_path, cifar10_root):
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for file in (cifar10_root / "cifar-10-batches-py").iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    batch = folder / "data_batch_3"
+    content = batch.read_bytes()
+    batch.unlink()
+    batch.write_bytes(content)
+    batch.chmod(0)
+    done = server.run("train.py", "--exp", "E1", *small_run_flags("train.total_steps=2"), "--data-root", folder.parent,
+                      "--out", tmp_path / "runs", cwd=tmp_path, unprivileged=True)
+    assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
+    assert "data_batch_3" in done.err and not (tmp_path / "runs").exists()
