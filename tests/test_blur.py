@@ -38,6 +38,20 @@ def test_command(run_train, tmp_path, monkeypatch, capsys):
         assert arm["val/fid_difference"] == arm["val/fid"] - baseline["val/fid"]
     rms, data = ([r[key] for r in lines[::2]] for key in ("samples/neighbour_rms", "samples/neighbour_rms_train"))
     assert rms[0] > rms[1] > rms[2] and data[0] > data[1] > data[2]
+
+    def second():
+        network = tiny_network()
+        network.name = "vgg16"
+        return network
+
+    second.name = "vgg16"
+    monkeypatch.setattr(blur, "VGG16", second)
+    both = ["--features", "inception", "vgg16"]
+    assert blur.main([*runs, *both, "--n", "20", "--step", "6", "--stats-root", str(tmp_path / "b")]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert again[:6] == lines and [r["features"] for r in again[6:]] == ["vgg16"] * 6
+    for one, other in zip(again[:6], again[6:], strict=True):  # the same samples, and here the same features
+        assert other["val/fd_vgg16"] == one["val/fid"] and other["square"] == one["square"]
     with pytest.raises(UserError, match="--n"):
         blur.main([*runs, "--n", "1"])
     with pytest.raises(UserError, match="both of E5"):

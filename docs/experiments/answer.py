@@ -248,12 +248,12 @@ def panel_averaged(ax, arms: Arms) -> None:
     lines = {}
     for own, r in averaged(arms.root):
         key = metric_name("fd", r["features"])
-        lines.setdefault((r["seed"], r["step"]), []).append((f"{r['square']} x {r['square']}",
-                                                             *relative_change(r, own, key)))
-    for (seed, step), points in lines.items():
+        lines.setdefault((r["seed"], r["step"], r["features"]), []).append((f"{r['square']} x {r['square']}",
+                                                                            *relative_change(r, own, key)))
+    for (seed, step, features), points in lines.items():
         squares, changed, halves = zip(*points, strict=True)
-        ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1,
-                    linestyle="-" if step == arms.step else "--", label=f"seed {seed}, step {step:,}")
+        ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1, linestyle="-" if step == arms.step
+                    else "--", label=f"seed {seed}, step {step:,}, {features}")
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set(xlabel="pixels averaged, in samples and training images", ylabel="Min-SNR's change of the distance (%)",
            title="is the difference in the fine detail?")
@@ -427,10 +427,10 @@ def blurs(root: Path) -> str:
     found, how = [], ""
     for own, r in averaged(root):
         fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
-        found.append([str(r["seed"]), f"{r['step']:,}", f"{r['square']} x {r['square']}", f"{r['n']:,}",
-                      f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
-        how = f"{r['sampler'].upper()} {r['nfe']}, {r['features']}"
-    header = ["seed", "step", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
+        found.append([str(r["seed"]), f"{r['step']:,}", r["features"], f"{r['square']} x {r['square']}",
+                      f"{r['n']:,}", f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
+        how = f"{r['sampler'].upper()} {r['nfe']}"
+    header = ["seed", "step", "features", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
     return section(f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so "
                    "that all lack the same detail. 95 % intervals of the samples.", header, found)
 

@@ -3,12 +3,14 @@
     python docs/experiments/blur.py runs/E1/seed1077 runs/E2/seed1077 --step 10000 > blur.jsonl
 
 Samples of both runs, from the same noise, and the training images are averaged over squares of 1, 2 and 4 pixels, and
-enlarged again. Prints a line for each square and run: distances, and their paired differences from the first run. The
-reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise as it is.
+enlarged again. Prints a line for each feature network, square and run: distances, and their paired differences from the
+first run. The reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise
+as it is. `--features lite0 vgg16` asks a second network, too, whether the difference is only in the eye of the first.
 """
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,10 +23,11 @@ from data import load_images
 from distances import Distances, extract_shared
 from errors import UserError, argument_parser, run_script
 from evaluate import sample_images
-from fid import feature_network
+from fid import FEATURES, feature_network
 from parallel import precision
 from runs import load_run
 from swap import differences
+from vgg16 import VGG16
 
 SQUARES = (1, 2, 4)  # pixels
 REFERENCE = 10_000   # training images
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--features", nargs="+", choices=[*FEATURES, VGG16.name], help="default: those of the run")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", type=Path, default=Path(default("eval.stats_root")),
@@ -51,14 +55,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]} differ in seed, data or step")
     if config.exp == other.exp:
         raise UserError(f"{args.run_dirs[0]} and {args.run_dirs[1]}: both of {config.exp}; give two experiments")
-    if config.eval.features == "none" or args.n < 2:
-        raise UserError(f"{args.run_dirs[0]}: needs eval.features, and --n of 2 or more")
+    features = args.features or [config.eval.features]
+    if features == ["none"] or args.n < 2:
+        raise UserError(f"{args.run_dirs[0]}: needs --features, and --n of 2 or more")
     train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
-    network = feature_network(config.eval.features, default("eval.inception_weights"), "cpu")
+    networks = [VGG16() if name == VGG16.name else feature_network(name, default("eval.inception_weights"))
+                for name in features]
     ev, used = config.eval, precision(config.eval.amp, torch.device("cpu"))
     samples = {run.config.exp: sample_images(run.ema, run.diffusion, args.n, ev.sampler, ev.nfe, config.seed, used,
                                              run.config.exp) for run in runs}
-    for square in SQUARES:
+    for network, square in product(networks, SQUARES):
         distances, own = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
                                    blurred(test, square), args.stats_root / f"square{square}"), None
         for exp, images in samples.items():
