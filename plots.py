@@ -148,7 +148,7 @@ def weight_atlas(runs: list[Run]) -> Figure:
                                "is 1 at all t: 1 is an even share; cut at 6; those of minsnr_norm are minsnr's.")
 
 
-def distance_axis(ax, own: dict[Run, list[dict]], context: bool = True) -> tuple[tuple[str, str], str]:
+def distance_axis(ax, own: dict[Run, list[dict]]) -> tuple[tuple[str, str], str]:
     """Name the y axis; draw the first line's floor and ceiling. Returns (keys of value and error, caption's part).
 
     Raises UserError if a run has no line.
@@ -157,7 +157,7 @@ def distance_axis(ax, own: dict[Run, list[dict]], context: bool = True) -> tuple
     features = next(iter(own)).config.eval.features
     key = metric_name("fd", features)
     ax.set_ylabel("FID" if key == "val/fid" else f"Fréchet distance ({features})")
-    for end, text in (("floor", "floor: training images"), ("ceiling", "ceiling: noise")) if context else ():
+    for end, text in (("floor", "floor: training images"), ("ceiling", "ceiling: noise")):
         if (y := records[0][f"{key}_{end}"]) is not None:
             ax.axhline(y, color="#777777", linestyle=":")
             ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import evaluate
 import parallel
+import runs
 from checkpoint import lock, replace_file, save_checkpoint
 from config import Config, flatten, list_experiments, load_config
 from data import batch_indices, load_images, make_shapes, to_model_range
@@ -37,17 +38,7 @@ from fid import feature_network
 from model import UNet
 from parallel import DEVICE, first, from_first, gathered, precision, rank, share, world
 from rng import generator, seed_global
-from runs import (
-    append_jsonl,
-    build,
-    check_start,
-    checkpoint_path,
-    fits_config,
-    has_checkpoint,
-    read_checkpoint,
-    start,
-    weights_of,
-)
+from runs import append_jsonl, build, checkpoint_path, fits_config, has_checkpoint, read_checkpoint, weights_of
 
 # ---- one training step ----
 
@@ -255,7 +246,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     run_dir, ev = args.out / config.exp / f"seed{config.seed}", config.eval
     if config.train.batch_size % world():
         raise UserError(f"train.batch_size = {config.train.batch_size}: does not split over {world()} processes")
-    from_first(lambda: check_start(run_dir, args.resume, args.overwrite))
+    from_first(lambda: runs.check_start(run_dir, args.resume, args.overwrite))
     images, test = parallel.in_turn(lambda: [load_images(config.data.name, config.data.root, split)
                                              for split in (True, False)])
     distances = None
@@ -266,7 +257,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     again = f"{launcher} {shlex.join([arg for arg in sys.argv if arg not in ('--overwrite', '--resume')])} --resume"
     try:
         with lock(run_dir) if first() else nullcontext():
-            saved = from_first(lambda: start(config, run_dir, device, args.resume, args.overwrite))
+            saved = from_first(lambda: runs.start(config, run_dir, device, args.resume, args.overwrite))
             number = train(config, run_dir, device, images, test[:ev.profile_images], distances, saved)
     except FloatingPointError as error:
         if first():
