@@ -152,6 +152,9 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
               "val/fd_lite0_difference_stderr": 1.0, "val/kid_lite0_difference_stderr": 0.005}
              for square, exp, change in ((1, "E1", 0), (1, "E2", 20), (2, "E1", 0), (2, "E2", -10), (4, "E1", 0))]
     (runs / "blur" / "E1_E2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = [{key.replace("lite0", "vgg16"): 2 * value if key.endswith("difference") else value
+              for key, value in (line | {"features": "vgg16"}).items()} for line in lines[:2]]
+    (runs / "blur" / "E1_E2_vgg16.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
     assert "| 1077 | 50 | lite0 | 1 x 1 | 1,000 | 200.0 | 220.0 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |" in text
@@ -159,6 +162,8 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
     assert "4 x 4" not in text  # one arm is still being measured
     (ax,) = [ax for ax in answer.answer(answer.find(runs)).axes if "fine detail" in ax.get_title()]
     assert ax.lines[0].get_ydata().tolist() == [10, -5]
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["seed 1077, step 50, lite0", "seed 1077, step 50, vgg16"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1 x 1", "2 x 2"]
 
 

@@ -12,7 +12,6 @@ from errors import UserError
 
 
 def test_features_are_those_of_the_published_network(monkeypatch):
-    pytest.importorskip("torchvision")
     for name, needed in (("IPython", "embed"), ("torchsummary", "summary")):  # the package imports them, to no use
         module = ModuleType(name)
         setattr(module, needed, None)

@@ -244,16 +244,17 @@ def panel_slope(ax, arms: Arms) -> None:
 
 
 def panel_averaged(ax, arms: Arms) -> None:
-    """Is the difference in the fine detail? A line per seed and step, dashed if it is not the step of all else."""
+    """Is the difference in the fine detail? A line per seed, step and features, dashed if it is at another step."""
     lines = {}
     for own, r in averaged(arms.root):
         key = metric_name("fd", r["features"])
-        lines.setdefault((r["seed"], r["step"], r["features"]), []).append((f"{r['square']} x {r['square']}",
-                                                                            *relative_change(r, own, key)))
+        point = f"{r['square']} x {r['square']}", *relative_change(r, own, key)
+        lines.setdefault((r["seed"], r["step"], r["features"]), []).append(point)
     for (seed, step, features), points in lines.items():
         squares, changed, halves = zip(*points, strict=True)
-        ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1, linestyle="-" if step == arms.step
-                    else "--", label=f"seed {seed}, step {step:,}, {features}")
+        dash = "-" if step == arms.step else "--"
+        ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1, linestyle=dash,
+                    label=f"seed {seed}, step {step:,}, {features}")
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set(xlabel="pixels averaged, in samples and training images", ylabel="Min-SNR's change of the distance (%)",
            title="is the difference in the fine detail?")

@@ -1,4 +1,4 @@
-"""A second feature network, unlike Lite0 in architecture and training: a VGG16 without its classifier."""
+"""A second feature network, unlike Lite0 in architecture: a VGG16 without its classifier."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,8 @@ class BlurPool(nn.Module):
 class VGG16(nn.Module):
     """uint8 (B, 3, H, W) -> float32 (B, 512): the last convolution's activations (relu5_3), averaged over the image.
 
-    The network is the trunk of shift-tolerant LPIPS (Ghildyal and Liu 2022), trained on ImageNet. Only the weights of
-    its package are used, since it imports more than it needs. Raises UserError if they are missing.
+    The network is the trunk of shift-tolerant LPIPS (Ghildyal and Liu 2022). Only the weights of its package are used,
+    since it imports more than it needs. Raises UserError if they are missing.
     """
 
     name, dim = "vgg16", 512
