@@ -157,8 +157,8 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
     (runs / "blur" / "E1_E2_vgg16.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
-    assert "| 1077 | 50 | lite0 | 1 x 1 | 1,000 | 200.0 | 220.0 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |" in text
-    assert "| 1077 | 50 | lite0 | 2 x 2 | 1,000 | 200.0 | 190.0 | -5.0 ± 1.0 % | -20.0 ± 2.0 % |" in text
+    assert "| 1077 | 50 | lite0 | 1 x 1 | 1,000 | 200 | 220 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |" in text
+    assert "| 1077 | 50 | lite0 | 2 x 2 | 1,000 | 200 | 190 | -5.0 ± 1.0 % | -20.0 ± 2.0 % |" in text
     assert "4 x 4" not in text  # one arm is still being measured
     (ax,) = [ax for ax in answer.answer(answer.find(runs)).axes if "fine detail" in ax.get_title()]
     assert ax.lines[0].get_ydata().tolist() == [10, -5]

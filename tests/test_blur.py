@@ -21,6 +21,16 @@ def test_detail_inside_of_a_square_is_lost_and_the_rest_stays():
     assert blur.blurred(halves, 2)[0, 0, 5].unique().tolist() == [0, 50, 150, 200]
 
 
+def test_pixels_as_features():
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[0, 1, :4, 4:8] = 255                     # the second square of the first row of the second channel
+    image[0, 2, 28:, 28:30] = 255                  # half of the last square
+    features = blur.Pixels()(image)
+    expected = torch.full((1, 192), -1.0)
+    expected[0, 64 + 1], expected[0, -1] = 1, 0
+    assert features.shape == (1, blur.Pixels.dim) and torch.equal(features, expected)
+
+
 def test_command(run_train, tmp_path, monkeypatch, capsys):
     for module in ("train.feature_network", "evaluate.feature_network"):
         monkeypatch.setattr(module, tiny_network)
@@ -44,13 +54,13 @@ def test_command(run_train, tmp_path, monkeypatch, capsys):
         network.name = "vgg16"
         return network
 
-    second.name = "vgg16"
-    monkeypatch.setattr(blur, "VGG16", second)
-    both = ["--features", "inception", "vgg16"]
-    assert blur.main([*runs, *both, "--n", "20", "--step", "6", "--stats-root", str(tmp_path / "b")]) == 0
+    monkeypatch.setitem(blur.OWN, "vgg16", second)
+    more = ["--features", "inception", "vgg16", "pixels"]
+    assert blur.main([*runs, *more, "--n", "20", "--step", "6", "--stats-root", str(tmp_path / "b")]) == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert again[:6] == lines and [r["features"] for r in again[6:]] == ["vgg16"] * 6
-    for one, other in zip(again[:6], again[6:], strict=True):  # the same samples, and here the same features
+    assert again[:6] == lines and [r["features"] for r in again[6:]] == ["vgg16"] * 6 + ["pixels"] * 2
+    assert [(r["exp"], r["square"]) for r in again[12:]] == [("E5", 4), ("E6", 4)]
+    for one, other in zip(again[:6], again[6:12], strict=True):  # the same samples, and here the same features
         assert other["val/fd_vgg16"] == one["val/fid"] and other["square"] == one["square"]
     with pytest.raises(UserError, match="--n"):
         blur.main([*runs, "--n", "1"])

@@ -429,7 +429,7 @@ def blurs(root: Path) -> str:
     for own, r in averaged(root):
         fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
         found.append([str(r["seed"]), f"{r['step']:,}", r["features"], f"{r['square']} x {r['square']}",
-                      f"{r['n']:,}", f"{own[fd]:.1f}", f"{r[fd]:.1f}", relative(r, own, fd), relative(r, own, kid)])
+                      f"{r['n']:,}", f"{own[fd]:.4g}", f"{r[fd]:.4g}", relative(r, own, fd), relative(r, own, kid)])
         how = f"{r['sampler'].upper()} {r['nfe']}"
     header = ["seed", "step", "features", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
     return section(f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so "

@@ -5,7 +5,8 @@
 Samples of both runs, from the same noise, and the training images are averaged over squares of 1, 2 and 4 pixels, and
 enlarged again. Prints a line for each feature network, square and run: distances, and their paired differences from the
 first run. The reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise
-as it is. `--features lite0 vgg16` asks a second network, too, whether the difference is only in the eye of the first.
+as it is. `--features lite0 vgg16 pixels` also asks a second network, whether the difference is only in the eye of the
+first, and no network: the means and covariances of pixels that are averaged over squares of 4.
 """
 
 import json
@@ -14,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -33,6 +34,22 @@ SQUARES = (1, 2, 4)  # pixels
 REFERENCE = 10_000   # training images
 
 
+class Pixels(nn.Module):
+    """uint8 (B, 3, 32, 32) -> float32 (B, 192): pixels in [-1, 1], averaged over 4 x 4. The features of no network."""
+
+    name, dim, weights_hash = "pixels", 192, None
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(127.5), requires_grad=False)  # tells extract() the device
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x.float() / self.scale - 1, 4).flatten(1)
+
+
+OWN = {network.name: network for network in (VGG16, Pixels)}  # beside those of fid.py
+
+
 def blurred(images: Tensor, square: int) -> Tensor:
     """uint8 (N, 3, H, W) without the detail inside of squares: averages, then bilinear interpolation."""
     return torch.cat([F.interpolate(F.avg_pool2d(part.float(), square), scale_factor=square, mode="bilinear")
@@ -43,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--features", nargs="+", choices=[*FEATURES, VGG16.name], help="default: those of the run")
+    parser.add_argument("--features", nargs="+", choices=[*FEATURES, *OWN], help="default: those of the run")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", type=Path, default=Path(default("eval.stats_root")),
@@ -59,12 +76,14 @@ def main(argv: list[str] | None = None) -> int:
     if features == ["none"] or args.n < 2:
         raise UserError(f"{args.run_dirs[0]}: needs --features, and --n of 2 or more")
     train, test = (load_images(config.data.name, args.data_root, split) for split in (True, False))
-    networks = [VGG16() if name == VGG16.name else feature_network(name, default("eval.inception_weights"))
+    networks = [OWN[name]() if name in OWN else feature_network(name, default("eval.inception_weights"))
                 for name in features]
     ev, used = config.eval, precision(config.eval.amp, torch.device("cpu"))
     samples = {run.config.exp: sample_images(run.ema, run.diffusion, args.n, ev.sampler, ev.nfe, config.seed, used,
                                              run.config.exp) for run in runs}
     for network, square in product(networks, SQUARES):
+        if network.name == Pixels.name and square < 4:
+            continue  # its features would be almost the same
         distances, own = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
                                    blurred(test, square), args.stats_root / f"square{square}"), None
         for exp, images in samples.items():
