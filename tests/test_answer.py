@@ -163,8 +163,20 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
     (ax,) = [ax for ax in answer.answer(answer.find(runs)).axes if "fine detail" in ax.get_title()]
     assert ax.lines[0].get_ydata().tolist() == [10, -5]
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["seed 1077, step 50, lite0", "seed 1077, step 50, vgg16"]
+    assert labels == ["lite0", "vgg16"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1 x 1", "2 x 2"]
+
+    def log(seed, step, ratio):
+        new = [line | {"seed": seed, "step": step} for line in lines[:2]]
+        new[1]["val/fd_lite0"] = 200 * ratio
+        return "".join(json.dumps(line) + "\n" for line in new)
+
+    (runs / "blur" / "three.jsonl").write_text(log(1077, 10_000, 1.21) + log(1078, 10_000, 1.21) + log(1080, 10_000, 1))
+    (runs / "blur" / "two.jsonl").write_text(log(1077, 50_000, 2) + log(1078, 50_000, 3))
+    (runs / "blur" / "explored.jsonl").write_text(log(1082, 10_000, 5) + log(1081, 50_000, 5))
+    rows = [row for row in answer.blurs(runs).splitlines() if row.startswith("| 10") and "," in row.split("|")[1]]
+    # logarithms of the ratios: 0.191, 0.191, 0
+    assert rows == ["| 1077, 1078, 1080 | 10,000 | lite0 | 1 x 1 |  |  |  | +13.6 % (-13.6 to +49.3) |  |"]
 
 
 def test_table_of_the_noise_of_gradients(runs, tmp_path, capsys):
@@ -179,6 +191,13 @@ def test_table_of_the_noise_of_gradients(runs, tmp_path, capsys):
     text = (tmp_path / "out" / "answer.md").read_text()
     row = ("| 1077 | 50 | 4,000 | 40.0 ± 2.3 | 20.0 ± 2.3 | -50 ± 11 % | -25 ± 11 % | +100 ± 11 % | 40 % | 20 % |")
     assert text.endswith(row + "\n")
+    for seed, ratio in ((1078, 0.5), (1079, 0.6)):
+        later = [r | {"seed": seed} | ({"noise_scale_ratio": ratio} if r["loss"] == "E2" == r["network"] else {})
+                 for r in lines]
+        log = runs / "gradient" / f"E1_{seed}_E2_{seed}_step50.jsonl"
+        log.write_text("".join(json.dumps(r) + "\n" for r in later))
+    *_, last = answer.gradients(runs).splitlines()
+    assert last == "| 1077, 1078, 1079 | 50 |  |  |  | -46.9 % (-59.1 to -31.0) |  |  |  |  |"
 
 
 def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):

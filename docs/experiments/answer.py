@@ -33,6 +33,9 @@ from runs import Run, find_runs, read_jsonl
 HERE = Path(__file__).parent
 MARKS = "<!-- generated: python docs/experiments/answer.py -->", "<!-- end -->"
 SPREAD = "samples/channel_mean_sd", "samples/neighbour_rms"
+# Seeds and steps at which blur.py and gradient.py were seen before they were registered; three others are to confirm.
+EXPLORED = {(1081, 10_000), (1081, 50_000), (1082, 10_000)}
+CONFIRMING = 3
 
 
 def variation(values: list[float]) -> float:
@@ -244,17 +247,21 @@ def panel_slope(ax, arms: Arms) -> None:
 
 
 def panel_averaged(ax, arms: Arms) -> None:
-    """Is the difference in the fine detail? A line per seed, step and features, dashed if it is at another step."""
+    """Is the difference in the fine detail? A line per seed and step, a colour per features."""
     lines = {}
     for own, r in averaged(arms.root):
         key = metric_name("fd", r["features"])
         point = f"{r['square']} x {r['square']}", *relative_change(r, own, key)
-        lines.setdefault((r["seed"], r["step"], r["features"]), []).append(point)
-    for (seed, step, features), points in lines.items():
+        lines.setdefault((r["features"], r["step"] != arms.step, r["seed"], r["step"]), []).append(point)
+    features = sorted({feature for feature, *_ in lines})
+    labels = set()
+    for (feature, later, *_), points in sorted(lines.items()):
         squares, changed, halves = zip(*points, strict=True)
-        dash = "-" if step == arms.step else "--"
-        ax.errorbar(squares, changed, halves, marker="s", capsize=3, linewidth=1, linestyle=dash,
-                    label=f"seed {seed}, step {step:,}, {features}")
+        label = feature + ", other steps" * later
+        ax.errorbar(squares, changed, halves, marker="s", markersize=4, capsize=3, linewidth=1, alpha=0.8,
+                    color=f"C{features.index(feature)}", linestyle="--" if later else "-",
+                    label=None if label in labels else label)
+        labels.add(label)
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set(xlabel="pixels averaged, in samples and training images", ylabel="Min-SNR's change of the distance (%)",
            title="is the difference in the fine detail?")
@@ -289,7 +296,7 @@ def answer(arms: Arms) -> Figure:
         ax = fig.add_subplot(grid[i // 2, :] if wide else grid[i // 2, i % 2])
         panel(ax, arms)
         ax.set_title(f"({'abcdef'[i]}) {ax.get_title()}")
-    caption = (f"{description(arms)} Where a legend names a step, it holds. Bars: 95 % intervals, of a seed for its "
+    caption = (f"{description(arms)} Dashed squares: other steps. Bars: 95 % intervals, of a seed for its "
                "samples, of a mean over seeds. Grey: ±7 %, the limits registered for 50,000 steps.")
     fig.supxlabel(fill(caption, 160), x=0.01, ha="left", fontsize=8)
     return fig
@@ -423,17 +430,29 @@ def relative(r: dict, own: dict, key: str) -> str:
     return "{:+.1f} ± {:.1f} %".format(*relative_change(r, own, key))
 
 
+def confirming(ratios: dict[tuple, dict[int, float]]) -> dict[tuple, tuple[str, str]]:
+    """{(step, ...): (seeds, mean change with its 95 % t-interval)} of {(step, ...): {seed: arm / baseline}}."""
+    later = {key: {seed: ratio for seed, ratio in sorted(by_seed.items()) if (seed, key[0]) not in EXPLORED}
+             for key, by_seed in ratios.items()}
+    return {key: (", ".join(map(str, by_seed)), percent([*by_seed.values()]))
+            for key, by_seed in later.items() if len(by_seed) >= CONFIRMING}
+
+
 def blurs(root: Path) -> str:
     """A table of what blur.py has logged in RUNS/blur; "" if there is nothing."""
-    found, how = [], ""
+    found, ratios, how = [], {}, ""
     for own, r in averaged(root):
         fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
         found.append([str(r["seed"]), f"{r['step']:,}", r["features"], f"{r['square']} x {r['square']}",
                       f"{r['n']:,}", f"{own[fd]:.4g}", f"{r[fd]:.4g}", relative(r, own, fd), relative(r, own, kid)])
         how = f"{r['sampler'].upper()} {r['nfe']}"
+        ratios.setdefault((r["step"], r["features"], f"{r['square']} x {r['square']}"), {})[r["seed"]] = r[fd] / own[fd]
+    found += [[seeds, f"{step:,}", features, square, "", "", "", mean, ""]
+              for (step, features, square), (seeds, mean) in confirming(ratios).items()]
     header = ["seed", "step", "features", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
-    return section(f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so "
-                   "that all lack the same detail. 95 % intervals of the samples.", header, found)
+    return section(
+        f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so that all "
+        "lack the same detail. 95 % intervals of the samples; in a row of several seeds, of their mean.", header, found)
 
 
 def calls(arms: Arms) -> str:
@@ -453,20 +472,23 @@ def calls(arms: Arms) -> str:
 
 def gradients(root: Path) -> str:
     """A table of what gradient.py has logged in RUNS/gradient; "" if there is nothing."""
-    found, wide = [], float(student.ppf(0.975, GROUPS - 1))
+    found, ratios, wide = [], {}, float(student.ppf(0.975, GROUPS - 1))
     for own, loss, network, arm in complete(root / "gradient", f"{A}_*_{B}_*.jsonl"):
         scales = [f"{r['noise_scale']:.1f} ± {wide * r['noise_scale_stderr']:.1f}" for r in (own, arm)]
         changed = [f"{100 * (r['noise_scale_ratio'] - 1):+.0f} ± {100 * wide * r['noise_scale_ratio_stderr']:.0f} %"
                    for r in (arm, loss, network)]
         shares = [f"{100 * r['square_share']:.0f} %" for r in (own, arm)]
         found.append((own["seed"], own["step"], own["n"], *scales, *changed, *shares))
+        ratios.setdefault((own["step"],), {})[own["seed"]] = arm["noise_scale_ratio"]
+    rows = [[str(seed), f"{step:,}", f"{n:,}", *rest] for seed, step, n, *rest in sorted(found)]
+    rows += [[seeds, f"{step:,}", *[""] * 3, mean, *[""] * 4] for (step,), (seeds, mean) in confirming(ratios).items()]
     header = ["seed", "step", "n", "vanilla", "Min-SNR", "change", "only the loss changed", "only the network changed",
               "vanilla: from below t = 130", "Min-SNR: from below t = 130"]
     return section(
         "Noise scale of the gradient g of the own loss, tr cov(g) / |E g|^2: the batch size at which noise and signal "
         "are equal. Last columns: how much of E |g|^2 the cleanest timesteps contribute. All networks see the same n "
-        "examples. 95 % intervals are over examples only; other checkpoints can differ by more.", header,
-        [[str(seed), f"{step:,}", f"{n:,}", *rest] for seed, step, n, *rest in sorted(found)])
+        "examples. 95 % intervals are over examples only, and other checkpoints can differ by more; in a row of "
+        "several seeds, of their mean.", header, rows)
 
 
 def main(argv: list[str] | None = None) -> int:
