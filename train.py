@@ -262,8 +262,8 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> int:
     except FloatingPointError as error:
         if first():
             kept = read_checkpoint(run_dir)[1]["step"] if has_checkpoint(run_dir) else 0
-            print(f"train.py: error: {error}. No such value was saved. A resumed run goes on from step {kept} and ends "
-                  f"in the same way, so start again with a lower train.lr (--overwrite). To find the first bad step: "
+            print(f"train.py: error: {error}. No such value was saved. A resumed run starts at step {kept} and fails "
+                  f"again, so start again with a lower train.lr (--overwrite). To find the first bad step: "
                   f"{again} --set log.every=1", file=sys.stderr)
         return 1
     except OSError as error:  # such as a full disk

@@ -5,8 +5,8 @@
 Samples of both runs, from the same noise, and the training images are averaged over squares of 1, 2 and 4 pixels, and
 enlarged again. Prints a line for each feature network, square and run: distances, and their paired differences from the
 first run. The reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise
-as it is. `--features lite0 vgg16 pixels` also asks a second network, whether the difference is only in the eye of the
-first, and no network: the means and covariances of pixels that are averaged over squares of 4.
+as it is. With `--features lite0 vgg16 pixels` there are also lines for a second network and for none, in case the
+difference is Lite0's own; `pixels` compares means and covariances of pixels that are averaged over squares of 4.
 """
 
 import json
