@@ -200,6 +200,20 @@ def test_table_of_the_noise_of_gradients(runs, tmp_path, capsys):
     assert last == "| 1077, 1078, 1079 | 50 |  |  |  | -46.9 % (-59.1 to -31.0) |  |  |  |  |"
 
 
+def test_table_of_runs_that_were_repeated(runs):
+    assert answer.rounding(runs) == ""
+    for exp, off in (("E1", 3e-3), ("E2", 4e-6)):
+        for root, steps, factor in ((runs, range(100, 2001, 100), 1), (runs / "again", (100, 200, 500, 600), 1 + off)):
+            make_run(root, exp, 1080)
+            lines = [{"step": step, "train/eps_mse_mean": 0.2 * factor ** (step > 100)} for step in steps]
+            log = root / exp / "seed1080" / "loss.jsonl"
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (runs / "again" / "E1" / "seed1080" / "env.json").write_text('{"device": "another CPU"}')
+    assert answer.rounding(runs).splitlines()[-2:] == [
+        "| E1 | 1080 | cpu; another CPU | 0e+00 | 3e-03 | 3e-03 |  |",
+        "| E2 | 1080 | cpu; cpu | 0e+00 | 4e-06 | 4e-06 |  |"]
+
+
 def test_course_of_a_seed_that_is_ahead(runs, tmp_path, capsys):
     for exp, fd in (("E1", 200.0), ("E2", 190.0)):
         log = runs / exp / "seed1078" / "results.jsonl"

@@ -21,14 +21,14 @@ from scipy.stats import t as student
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from check import AT, EXPS, training
 from checkpoint import replace_file
-from config import load_tables
+from config import default, load_tables
 from diffusion import spaced_timesteps
 from errors import UserError, argument_parser, run_script
 from fid import metric_name
 from gradient import GROUPS
 from plots import changes, looks, save
 from report import DISTANCE, decide, table
-from runs import Run, find_runs, read_jsonl
+from runs import Run, find_runs, read_json, read_jsonl
 
 HERE = Path(__file__).parent
 MARKS = "<!-- generated: python docs/experiments/answer.py -->", "<!-- end -->"
@@ -491,6 +491,23 @@ def gradients(root: Path) -> str:
         "several seeds, of their mean.", header, rows)
 
 
+def rounding(root: Path) -> str:
+    """A table of the runs that were repeated with other rounding: RUNS/again/PATH repeats RUNS/PATH; "" if none was."""
+    found, ranges = [], ((0, 100), (100, 500), (500, 1000), (1000, 10_000))
+    for path in sorted((root / "again").glob("**/seed*")):
+        runs = Run(root / path.relative_to(root / "again")), Run(path)
+        first, again = ({r["step"]: r["train/eps_mse_mean"] for r in run.log("loss")} for run in runs)
+        off = {step: again[step] / first[step] - 1 for step in first.keys() & again.keys()}
+        parts = [[off[step] for step in off if a < step <= b] for a, b in ranges]
+        clip, devices = runs[0].config.train.grad_clip, [read_json(run.path / "env.json")["device"] for run in runs]
+        found.append([f"{runs[0].exp}{f', clipped at {clip:g}' * (clip != default('train.grad_clip'))}",
+                      str(runs[0].seed), "; ".join(devices),
+                      *(f"{np.sqrt(np.mean(np.square(part))):.0e}" if part else "" for part in parts)])
+    header = ["run", "seed", "CPUs of both trainings", *(f"steps {a + 1:,} to {b:,}" for a, b in ranges)]
+    return section("How rounding grows: runs that were trained twice and differ by rounding only. Root mean square of "
+                   "the relative difference of the training eps-MSE (means of 100 steps).", header, found)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs", help="folder with RUNS/EXP/seedSEED")
@@ -503,7 +520,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{description(arms)} vanilla, Min-SNR: means over seeds. change: the ratio of both at each seed, then the "
         "geometric mean over seeds with its 95 % t-interval. The intervals are not corrected for being many.",
         ["measure", "vanilla", "Min-SNR", "change", "Min-SNR is", "measured with"], rows(arms))
-    tables = means, course(arms), gradients(args.runs), calls(arms), blurs(args.runs), colours(args.runs), others(arms)
+    tables = (means, course(arms), gradients(args.runs), calls(arms), blurs(args.runs), colours(args.runs),
+              others(arms), rounding(args.runs))
     text = "\n".join(f"**Table {i}.** {table}" for i, table in enumerate(filter(None, tables), start=1))
     replace_file(out / "answer.md", text.encode())
     if args.out is None:
