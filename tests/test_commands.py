@@ -29,6 +29,7 @@ def place(server, tmp_path_factory):
     for i in range(3):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(place / "images" / f"{i}.png")
     (place / "broken" / "0.png").write_bytes((place / "images" / "0.png").read_bytes()[:40])
+    np.save(place / "array.npy", np.zeros((4, 8, 8, 3), np.uint8))
     np.savez(place / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez(place / "other.npz", mu=np.zeros(3), sigma=np.eye(3), n=10)
     np.savez(place / "pickled.npz", np.array([{}], dtype=object))
@@ -50,8 +51,10 @@ REFUSED = [  # one of each kind of fault, with the facts that its line must carr
     ("train.py", "--exp smoke --set train.lr=1e999", ["train.lr", "inf"]),
     ("train.py", "--exp smoke --device cuda:99", ["cuda:99"]),
     ("train.py", "--exp smoke --resume --overwrite", ["--resume", "--overwrite"]),
-    ("train.py", "--exp smoke", ["finished", "--overwrite", "--out"]), ("train.py", "--exp smoke --out text", ["text"]),
-    ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root empty", ["download", "--data-root"]),
+    ("train.py", "--exp smoke", ["finished", "--overwrite", "--out"]),
+    ("train.py", "--exp smoke --out text", ["text", "another --out"]),
+    ("train.py", "--exp smoke --out new --set data.name=cifar10 --data-root empty",
+     ["download", "https://", "no network in this test", "--data-root", "smoke"]),
     ("train.py", "--exp smoke --out new --set eval.features=lite0 --set eval.stats_root=text", ["eval.stats_root"]),
     ("train.py", "--exp smoke --out new --set eval.features=inception --set eval.inception_weights=none.pth",
      ["none.pth", "eval.features=lite0"]),
@@ -60,6 +63,9 @@ REFUSED = [  # one of each kind of fault, with the facts that its line must carr
     ("train.py", "--exp smoke --out no_config", ["config.json", "title"]),
     ("sample.py", "missing", ["missing: not a run directory"]), ("sample.py", "damaged", ["last.pt", "previous.pt"]),
     ("sample.py", f"{RUN} --eta nan", ["--eta nan"]),
+    ("sample.py", f"{RUN} --nfe 0", ["--nfe 0", "1000"]), ("sample.py", f"{RUN} --nfe 1001", ["--nfe 1001"]),
+    ("sample.py", f"{RUN} --n 0", ["--n 0"]), ("sample.py", f"{RUN} --seed -1", ["--seed -1"]),
+    ("sample.py", f"{RUN} --sampler ddpm --eta 0.5", ["--eta 0.5", "DDIM"]),
     ("sample.py", f"{RUN} --out text --n 1 --nfe 1", ["text"]), ("sample.py", f"{RUN} --step 1", ["step 1", "000002"]),
     ("plots.py", "", ["--all", "--kind"]), ("plots.py", "weight", ["weight", "weights"]),
     ("plots.py", "grids --runs typo", ["typo"]),
@@ -75,6 +81,10 @@ REFUSED = [  # one of each kind of fault, with the facts that its line must carr
     ("fid.py", "images floats.npz --features lite0", ["floats.npz", "float64"]),
     ("fid.py", "images other.npz --features lite0", ["other.npz", "3"]),
     ("fid.py", "images images --features lite0 --weights text", ["--weights"]),
+    ("fid.py", "images array.npy --features lite0", ["array.npy"]),
+    ("fid.py", "images images --features vgg", ["lite0"]),
+    ("fid.py", "images images --features lite0 --device cuda:77", ["--device cuda:77"]),
+    ("fid.py", "images empty --save-stats --features lite0", ["empty"]),
     ("fid.py", "images nowhere/stats.npz --save-stats --features lite0", ["nowhere/stats.npz"]),
 ]
 OFFLINE = """

@@ -15,7 +15,6 @@ import data
 import train
 from checkpoint import load_checkpoint, load_file
 from diffusion import Diffusion
-from errors import UserError
 from rng import generator
 from runs import read_jsonl
 
@@ -194,19 +193,9 @@ def test_cut_log_lines_and_a_damaged_checkpoint_are_made_again(whole, tmp_path, 
     last = run_dir / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:-cut])
     assert train.main([*flags(tmp_path), "--resume"]) == 0
-    err = capsys.readouterr().err
-    assert "last.pt" in err and "previous.pt" in err and "step 21" in err
+    out, err = capsys.readouterr()
+    assert "last.pt" in err and "previous.pt" in err and "step 21" in err and "steps 22 to 24" in out
     assert_same_run(run_dir, whole)
-
-
-def test_two_damaged_checkpoints_are_refused_and_nothing_is_deleted(whole, tmp_path):
-    run_dir = shutil.copytree(whole, tmp_path / "smoke" / "seed1077")
-    for name in ("last.pt", "previous.pt"):
-        (run_dir / "checkpoints" / name).write_bytes(b"")
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != "lock"}
-    with pytest.raises(UserError, match=r"last\.pt.*previous\.pt"):
-        train.main([*flags(tmp_path), "--resume"])
-    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != "lock"}
 
 
 # ---- a full disk ----

@@ -104,16 +104,6 @@ def test_a_damaged_cifar10_is_refused_by_file_name(cifar10_root, tmp_path, damag
         load_images("cifar10", folder)
 
 
-def test_cifar10_out_of_reach_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("Network is unreachable")
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(UserError) as error:
-        load_images("cifar10", tmp_path)
-    for fact in (str(tmp_path), "https://", "Network is unreachable", "--data-root", "smoke"):
-        assert fact in str(error.value)
-
-
 # ---- grids ----
 
 def test_grid():

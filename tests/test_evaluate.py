@@ -1,4 +1,3 @@
-import gc
 import json
 import shutil
 from functools import cache
@@ -19,7 +18,6 @@ from errors import UserError
 from evaluate import (
     best_mean_slope,
     curvature_record,
-    eval_mode,
     per_t_profile,
     profile_timesteps,
     sample_images,
@@ -48,12 +46,14 @@ def net():
 
 def test_samples_depend_on_seed_and_chunk_only(net, monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 4)
+    net.middle.eval()
+    modes = [m.training for m in net.modules()]
     for sampler in ("ddpm", "ddim"):
         few, many = (sample_images(net, D, n, sampler, 3, seed=1) for n in (4, 10))
         assert many.shape == (10, 3, 32, 32) and many.dtype == torch.uint8
         assert torch.equal(few, many[:4]) and not torch.equal(many[:4], many[4:8])
         assert not torch.equal(few, sample_images(net, D, 4, sampler, 3, seed=2))
-    assert net.training
+    assert [m.training for m in net.modules()] == modes
 
 
 def test_each_chunk_has_noise_of_its_own(net, monkeypatch):
@@ -70,17 +70,9 @@ def test_samplers_start_from_the_same_noise_and_eta_is_used(net):
     assert not torch.equal(*(sample_images(net, D, 2, "ddim", 5, seed=1, eta=eta) for eta in (0, 1)))
 
 
-def test_profile_of_a_network_that_says_zero():
-    """Then the error is the mean square of eps, 1 at every t."""
-    ts = profile_timesteps(1000, "even")
-    assert len(ts) == 21 and ts[:3] == [0, 50, 100] and ts[-1] == 999
-    mse, slope = per_t_profile(UNet(8, (1,), 1, ()), D, make_shapes(8), ts)
-    assert slope == [0.0] * 21
-    assert mse == pytest.approx([1.0] * 21, abs=0.05) and len(set(mse)) == 21  # another eps at each t
-
-
-def test_the_dense_grid_has_every_fifth_timestep_up_to_150():
+def test_timesteps_of_the_profile():
     dense, even = profile_timesteps(1000, "dense"), profile_timesteps(1000, "even")
+    assert len(even) == 21 and even[:3] == [0, 50, 100] and even[-1] == 999
     assert dense == sorted({*range(0, 151, 5), *even}) and len(dense) == 48
     assert profile_timesteps(7, "even") == profile_timesteps(7, "dense") == list(range(7))
 
@@ -154,20 +146,13 @@ def test_statistics_of_known_images():
     assert image_statistics(flat)["channel_mean_sd"] == pytest.approx(6**0.5)
 
 
-def test_eval_mode_restores_each_modules_own_mode(net):
-    net.middle.eval()
-    modes = [m.training for m in net.modules()]
-    with pytest.raises(RuntimeError), eval_mode(net):
-        assert not any(m.training for m in net.modules())
-        raise RuntimeError
-    assert [m.training for m in net.modules()] == modes
-
-
 @pytest.mark.parametrize("flags", [
     ["run", "--n", "10"], ["run", "--curvature", "--nfe", "5"], ["run", "--sampler", "ddim"], ["run", "--seed", "1"],
     ["run", "--frontier", "2", "--seed", "1"], ["run", "--probes", "4"], ["run", "--curvature", "--probes", "1"],
     ["run", "--distance", "--n", "1"], ["--stats", "shapes", "--nfe", "5"],
     ["--stats", "shapes", "--features", "lite0", "--weights", "x"], [], ["run", "--stats", "shapes"],
+    *(["--diffusers", "DIR", *more] for more in ([], ["--frontier", "2"], ["--curvature"], ["--distance", "run"],
+                                                 ["--distance", "--step", "1"], ["--distance", "--stats", "shapes"])),
 ])
 def test_options_without_effect_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -335,14 +320,6 @@ def test_the_command_repeats_what_training_measured(arms, command):
         command(arms[0], "--distance", "--nfe", 5000)
 
 
-def test_paired_differences_of_two_arms(arms):
-    differences = paired_differences(*arms)
-    assert len(differences) == 2  # those at the end have another n
-    for d, a, b in zip(differences, *(read_jsonl(run / "results.jsonl")[:2] for run in arms), strict=True):
-        assert (d["step"], d["kind"]) == (a["step"], "milestone") and d["val/fid"] == b["val/fid"] - a["val/fid"] != 0
-        assert 0 < d["val/fid_stderr"] < 1.01 * np.hypot(a["val/fid_stderr"], b["val/fid_stderr"])
-
-
 def test_the_frontier_is_appended_point_by_point(arms, command, monkeypatch):
     other, run_dir = arms
     before, real, calls = (run_dir / "results.jsonl").read_text(), evaluate.sample_images, []
@@ -440,21 +417,3 @@ def test_probes_are_one_set_for_all_steps_arms_and_seeds(probe):
     arm = load_config("E5", overrides=[*TINY, "curvature.num_probes=3", "seed=5"])
     other, key = curvature_record(arm, 1, net, D, images), "curvature/hutch_trace_unweighted_mean"
     assert other[key] == first[key] == other["curvature/hutch_trace_mean"] != first["curvature/hutch_trace_mean"]
-
-
-def test_a_probe_leaves_nothing_behind(probe):
-    config, net, images = probe
-    for p in net.parameters():
-        p.grad = torch.ones_like(p)
-    weights, state = [p.detach().clone() for p in net.parameters()], torch.get_rng_state()
-
-    def tensors_after(records):
-        for _ in range(records):
-            curvature_record(config, 1, net, D, images)
-        gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-    assert tensors_after(1) == tensors_after(3)
-    assert net.training and torch.equal(state, torch.get_rng_state())
-    for p, w in zip(net.parameters(), weights, strict=True):
-        assert torch.equal(p, w) and torch.equal(p.grad, torch.ones_like(p)) and p.requires_grad

@@ -13,7 +13,7 @@ from PIL import Image
 import fid
 from data import load_images, make_shapes
 from errors import UserError
-from fid import METRICS, FeatureStats, feature_network, frechet_distance, frechet_estimate, kid, metric_name
+from fid import METRICS, FeatureStats, feature_network, frechet_distance, frechet_estimate, kid
 from rng import generator
 
 
@@ -338,12 +338,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(fid.FEATURES, "mine", tiny_network)  # a network is added to one table only
 
 
-def test_names_in_the_logs():
-    assert [metric_name(m, f) for f in ("inception", "lite0", "mine") for m in ("fd", "kid", "new")] == [
-        "val/fid", "val/kid", "val/new", "val/fd_lite0", "val/kid_lite0", "val/new_lite0", "val/fd_mine",
-        "val/kid_mine", "val/new_mine"]
-
-
 def pngs(folder, images):
     (folder / "below").mkdir(parents=True)
     for i, image in enumerate(images):
@@ -391,8 +385,7 @@ BAD_FILES = {  # what a file holds: bytes, or the arrays of an npz
     "images of no size": {"x": IMAGES[:, :0]},
     "another size": {"mu": np.zeros(3), "sigma": np.eye(3)},
     "other weights": {"mu": np.zeros(6), "sigma": np.eye(6), "weights_hash": "another", "features": "inception"},
-    "shapes that do not fit": {"mu": np.zeros(6), "sigma": np.eye(5)}, "words": {"mu": "a", "sigma": "b"},
-    "nan": {"mu": np.zeros(6), "sigma": np.full((6, 6), np.nan)}, "n of 1": {"mu": [0] * 6, "sigma": np.eye(6), "n": 1},
+    "indefinite": {"mu": np.zeros(6), "sigma": -np.eye(6)},
 }
 
 
@@ -406,28 +399,3 @@ def test_bad_files_are_named(tiny, tmp_path, kind):
         np.savez(path, **BAD_FILES[kind])
     with pytest.raises(UserError, match="in.npz"):
         fid.main([str(path)] * 2)
-    if kind in ("nothing", "no array", "words", "shapes that do not fit"):
-        with pytest.raises(UserError, match="in.npz"):
-            FeatureStats.load(path)
-
-
-@pytest.mark.parametrize(("args", "fact"), [
-    ("good nowhere", "nowhere"), ("good empty", "empty"), ("good text", "a.png"), ("good a.npy", "a.npy"),
-    ("good good --device cuda:77", "--device cuda:77"), ("--save-stats good empty", "empty"),
-    ("--save-stats good nowhere/stats.npz", "nowhere/stats.npz")])
-def test_bad_arguments_are_named(tiny, tmp_path, monkeypatch, args, fact):
-    monkeypatch.chdir(tmp_path)
-    pngs(tmp_path / "good", IMAGES)
-    for name in ("empty", "text"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "text" / "a.png").write_text("no image")
-    np.save("a.npy", IMAGES)
-    with pytest.raises(UserError, match=fact):
-        fid.main(args.split())
-
-
-@pytest.mark.parametrize(("flags", "fact"), [("--features vgg", "lite0"), ("--features mine --weights w", "--weights")])
-def test_bad_flags_are_named(tiny, tmp_path, capsys, flags, fact):
-    with pytest.raises(SystemExit, match="2"):
-        fid.main([str(tmp_path), str(tmp_path), *flags.split()])
-    assert fact in capsys.readouterr().err

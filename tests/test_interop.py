@@ -216,13 +216,6 @@ def test_distances_of_a_stored_network(tmp_path, folder, monkeypatch, capsys, fl
     assert line["val/fid"] == distances.estimates(features)["val/fid"].value
 
 
-@pytest.mark.parametrize("flags", [[], ["--frontier", "2"], ["--distance", "--step", "1"], ["--distance", "RUN"],
-                                   ["--distance", "--stats", "cifar10"], ["--curvature"]])
-def test_a_stored_network_is_sampled_and_nothing_else(flags):
-    with pytest.raises(SystemExit):
-        evaluate.parse_args(["--diffusers", "DIR", *flags])
-
-
 # ---- against diffusers ----
 
 @pytest.fixture
