@@ -31,6 +31,7 @@ def test_pixels_as_features():
     assert features.shape == (1, blur.Pixels.dim) and torch.equal(features, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*the covariance is singular")  # 20 samples, 192 pixels
 def test_command(run_train, tmp_path, monkeypatch, capsys):
     for module in ("train.feature_network", "evaluate.feature_network"):
         monkeypatch.setattr(module, tiny_network)
