@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 from conftest import ROOT
 
-from config import ConfigError, flatten, list_experiments, load_config, load_tables
+from config import ConfigError, config_from_dict, flatten, list_experiments, load_config, load_tables
 
 ALL = ["E1", "E2", "E3", "E4", "E5", "E6", "E7a", "E7b", "E7c", "E8a", "E8b", "E8c", "E9a", "E9b",
        "E10a", "E10b", "smoke"]
@@ -81,6 +83,13 @@ def test_a_profile_with_a_key_that_does_not_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"mine.toml: \[profiles.study\].*eval.n_sample';.*eval.n_samples"):
         load_config("E5", path, profile="study")
     assert load_config("E5", path).eval.n_samples == 5000
+
+
+def test_configs_are_frozen_and_survive_their_own_json():
+    c = load_config("E4")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.train.lr = 1.0
+    assert config_from_dict(dataclasses.asdict(c), "config.json") == c
 
 
 GOOD = (ROOT / "experiments.toml").read_text()

@@ -178,6 +178,12 @@ def test_ema_warm_up_forgets_the_random_initial_weights():
     assert left < 1e-9 < 0.13 < 0.999**2000
 
 
+def test_dropout_is_on_in_training_and_off_in_the_average():
+    state, _ = train.new_state(small(), torch.device("cpu"))
+    assert state.model.training and not state.ema.training
+    assert not any(p.requires_grad for p in state.ema.parameters())
+
+
 # ---- what is written ----
 
 def test_the_run_directory(run_train, capsys):

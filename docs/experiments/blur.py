@@ -11,7 +11,6 @@ difference is Lite0's own; `pixels` compares means and covariances of pixels tha
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ class Pixels(nn.Module):
     """uint8 (B, 3, 32, 32) -> float32 (B, 192): pixels in [-1, 1], averaged over 4 x 4. The features of no network."""
 
     name, dim, weights_hash = "pixels", 192, None
+    squares = 4,  # at the others its features would be almost the same
 
     def __init__(self):
         super().__init__()
@@ -81,9 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     ev, used = config.eval, precision(config.eval.amp, torch.device("cpu"))
     samples = {run.config.exp: sample_images(run.ema, run.diffusion, args.n, ev.sampler, ev.nfe, config.seed, used,
                                              run.config.exp) for run in runs}
-    for network, square in product(networks, SQUARES):
-        if network.name == Pixels.name and square < 4:
-            continue  # its features would be almost the same
+    for network, square in [(each, square) for each in networks for square in getattr(each, "squares", SQUARES)]:
         distances, own = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
                                    blurred(test, square), args.stats_root / f"square{square}"), None
         for exp, images in samples.items():
