@@ -155,10 +155,14 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
     other = [{key.replace("lite0", "vgg16"): 2 * value if key.endswith("difference") else value
               for key, value in (line | {"features": "vgg16"}).items()} for line in lines[:2]]
     (runs / "blur" / "E1_E2_vgg16.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
+    equal = [line | {"equal_saturation": True, "saturation": 45.3} for line in lines[:2]]
+    (runs / "blur" / "equal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in equal))
     assert answer.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "answer.md").read_text()
-    assert "| 1077 | 50 | lite0 | 1 x 1 | 1,000 | 200 | 220 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |" in text
-    assert "| 1077 | 50 | lite0 | 2 x 2 | 1,000 | 200 | 190 | -5.0 ± 1.0 % | -20.0 ± 2.0 % |" in text
+    row = "| 1077 | 50 | lite0, equal saturation | 1 x 1 | 1,000 | 200 | 220 | +10.0 ± 1.0 % | +40.0 ± 2.0 % | 45, 45 |"
+    assert row in text
+    assert "| 1077 | 50 | lite0 | 1 x 1 | 1,000 | 200 | 220 | +10.0 ± 1.0 % | +40.0 ± 2.0 % |  |" in text
+    assert "| 1077 | 50 | lite0 | 2 x 2 | 1,000 | 200 | 190 | -5.0 ± 1.0 % | -20.0 ± 2.0 % |  |" in text
     assert "4 x 4" not in text  # one arm is still being measured
     (ax,) = [ax for ax in answer.answer(answer.find(runs)).axes if "fine detail" in ax.get_title()]
     assert ax.lines[0].get_ydata().tolist() == [10, -5]
@@ -172,11 +176,13 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
         return "".join(json.dumps(line) + "\n" for line in new)
 
     (runs / "blur" / "three.jsonl").write_text(log(1077, 10_000, 1.21) + log(1078, 10_000, 1.21) + log(1080, 10_000, 1))
+    (runs / "blur" / "equal.jsonl").write_text(  # enters no mean
+        log(1077, 10_000, 9).replace('"n"', '"equal_saturation": true, "n"'))
     (runs / "blur" / "two.jsonl").write_text(log(1077, 50_000, 2) + log(1078, 50_000, 3))
     (runs / "blur" / "explored.jsonl").write_text(log(1082, 10_000, 5) + log(1081, 50_000, 5))
     rows = [row for row in answer.blurs(runs).splitlines() if row.startswith("| 10") and "," in row.split("|")[1]]
     # logarithms of the ratios: 0.191, 0.191, 0
-    assert rows == ["| 1077, 1078, 1080 | 10,000 | lite0 | 1 x 1 |  |  |  | +13.6 % (-13.6 to +49.3) |  |"]
+    assert rows == ["| 1077, 1078, 1080 | 10,000 | lite0 | 1 x 1 |  |  |  | +13.6 % (-13.6 to +49.3) |  |  |"]
 
 
 def test_table_of_the_noise_of_gradients(runs, tmp_path, capsys):

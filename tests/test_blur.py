@@ -21,6 +21,14 @@ def test_detail_inside_of_a_square_is_lost_and_the_rest_stays():
     assert blur.blurred(halves, 2)[0, 0, 5].unique().tolist() == [0, 50, 150, 200]
 
 
+def test_saturation_is_made_equal_and_greys_stay():
+    images = torch.tensor([[100, 100, 100], [90, 120, 150]], dtype=torch.uint8)[..., None, None].expand(2, 3, 4, 4)
+    assert blur.saturation(images) == 30  # 0 and 60
+    more = blur.saturated(images, 1.5)
+    assert torch.equal(more[0], images[0]) and more[1, :, 0, 0].tolist() == [75, 120, 165]
+    assert blur.saturated(images, 9)[1, :, 0, 0].tolist() == [0, 120, 255]
+
+
 def test_pixels_as_features():
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     image[0, 1, :4, 4:8] = 255                     # the second square of the first row of the second channel
@@ -63,6 +71,14 @@ def test_command(run_train, tmp_path, monkeypatch, capsys):
     assert [(r["exp"], r["square"]) for r in again[12:]] == [("E5", 4), ("E6", 4)]
     for one, other in zip(again[:6], again[6:12], strict=True):  # the same samples, and here the same features
         assert other["val/fd_vgg16"] == one["val/fid"] and other["square"] == one["square"]
+    monkeypatch.setattr(blur, "sample_images", lambda *args: blur.saturated(make_shapes(20), 0.5 + (args[-1] == "E5")))
+    for option in [], ["--equal-saturation"]:
+        assert blur.main([*runs, *option, "--n", "20", "--step", "6", "--stats-root", str(tmp_path / "b")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["equal_saturation"] for r in lines] == [False] * 6 + [True] * 6
+    own, arm, own_again, equal = (r["saturation"] for r in (*lines[:2], *lines[6:8]))
+    assert arm < 0.6 * own and own_again == own and equal == pytest.approx(own, rel=0.05)  # some channels are clamped
+    assert lines[7]["val/fid_difference"] != lines[1]["val/fid_difference"]
     with pytest.raises(UserError, match="--n"):
         blur.main([*runs, "--n", "1"])
     with pytest.raises(UserError, match="both of E5"):

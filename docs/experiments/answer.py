@@ -249,7 +249,7 @@ def panel_slope(ax, arms: Arms) -> None:
 def panel_averaged(ax, arms: Arms) -> None:
     """Is the difference in the fine detail? A line per seed and step, a colour per features."""
     lines = {}
-    for own, r in averaged(arms.root):
+    for own, r in [pair for pair in averaged(arms.root) if not pair[1].get("equal_saturation")]:
         key = metric_name("fd", r["features"])
         point = f"{r['square']} x {r['square']}", *relative_change(r, own, key)
         lines.setdefault((r["features"], r["step"] != arms.step, r["seed"], r["step"]), []).append(point)
@@ -443,16 +443,23 @@ def blurs(root: Path) -> str:
     found, ratios, how = [], {}, ""
     for own, r in averaged(root):
         fd, kid = (metric_name(metric, r["features"]) for metric in ("fd", "kid"))
-        found.append([str(r["seed"]), f"{r['step']:,}", r["features"], f"{r['square']} x {r['square']}",
-                      f"{r['n']:,}", f"{own[fd]:.4g}", f"{r[fd]:.4g}", relative(r, own, fd), relative(r, own, kid)])
+        equal, square = r.get("equal_saturation", False), f"{r['square']} x {r['square']}"
+        colour = [f"{x['saturation']:.0f}" for x in (own, r) if "saturation" in x]
+        found.append([str(r["seed"]), f"{r['step']:,}", r["features"] + ", equal saturation" * equal, square,
+                      f"{r['n']:,}", f"{own[fd]:.4g}", f"{r[fd]:.4g}", relative(r, own, fd), relative(r, own, kid),
+                      ", ".join(colour)])
         how = f"{r['sampler'].upper()} {r['nfe']}"
-        ratios.setdefault((r["step"], r["features"], f"{r['square']} x {r['square']}"), {})[r["seed"]] = r[fd] / own[fd]
-    found += [[seeds, f"{step:,}", features, square, "", "", "", mean, ""]
+        if not equal:
+            ratios.setdefault((r["step"], r["features"], square), {})[r["seed"]] = r[fd] / own[fd]
+    found += [[seeds, f"{step:,}", features, square, "", "", "", mean, "", ""]
               for (step, features, square), (seeds, mean) in confirming(ratios).items()]
-    header = ["seed", "step", "features", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID"]
+    header = ["seed", "step", "features", "averaged over pixels", "n", "vanilla", "Min-SNR", "change", "KID",
+              "saturation"]
     return section(
         f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so that all "
-        "lack the same detail. 95 % intervals of the samples; in a row of several seeds, of their mean.", header, found)
+        "lack the same detail. 95 % intervals of the samples; in a row of several seeds, of their mean. Saturation: "
+        "largest minus smallest channel of a pixel, on average, vanilla and Min-SNR; equal: Min-SNR's samples made as "
+        "saturated as vanilla's.", header, found)
 
 
 def calls(arms: Arms) -> str:

@@ -7,6 +7,7 @@ enlarged again. Prints a line for each feature network, square and run: distance
 first run. The reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise
 as it is. With `--features lite0 vgg16 pixels` there are also lines for a second network and for none, in case the
 difference is Lite0's own; `pixels` compares means and covariances of pixels that are averaged over squares of 4.
+With `--equal-saturation` the second run's colours are first made as saturated as the first's.
 """
 
 import json
@@ -56,11 +57,23 @@ def blurred(images: Tensor, square: int) -> Tensor:
                       .round().to(torch.uint8) for part in images.split(1000)])
 
 
+def saturation(images: Tensor) -> float:
+    """Of uint8 images (N, 3, H, W): the largest minus the smallest channel of a pixel, on average; 0 to 255."""
+    return (images.amax(dim=1) - images.amin(dim=1)).double().mean().item()
+
+
+def saturated(images: Tensor, factor: float) -> Tensor:
+    """uint8 (N, 3, H, W) with each pixel's distance from its grey, the mean of its channels, times factor."""
+    grey = images.float().mean(dim=1, keepdim=True)
+    return (grey + factor * (images - grey)).round().clamp(0, 255).to(torch.uint8)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--features", nargs="+", choices=[*FEATURES, *OWN], help="default: those of the run")
+    parser.add_argument("--equal-saturation", action="store_true", help="of the second run's samples and the first's")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", type=Path, default=Path(default("eval.stats_root")),
@@ -81,15 +94,19 @@ def main(argv: list[str] | None = None) -> int:
     ev, used = config.eval, precision(config.eval.amp, torch.device("cpu"))
     samples = {run.config.exp: sample_images(run.ema, run.diffusion, args.n, ev.sampler, ev.nfe, config.seed, used,
                                              run.config.exp) for run in runs}
+    if args.equal_saturation:
+        one, two = (saturation(images) for images in samples.values())
+        samples[other.exp] = saturated(samples[other.exp], one / two)
     for network, square in [(each, square) for each in networks for square in getattr(each, "squares", SQUARES)]:
         distances, own = Distances(network, config.data.name, blurred(train[:REFERENCE], square),
                                    blurred(test, square), args.stats_root / f"square{square}"), None
         for exp, images in samples.items():
-            images = blurred(images, square)
-            record, estimates = distances.measure(images, extract_shared(network, images))
+            measured = blurred(images, square)
+            record, estimates = distances.measure(measured, extract_shared(network, measured))
             own = own or estimates
             line = {"exp": exp, "seed": config.seed, "step": step, "square": square, "sampler": ev.sampler,
-                    "nfe": ev.nfe, "precision": used, **record, **differences(estimates, own)}
+                    "nfe": ev.nfe, "precision": used, "saturation": saturation(images),
+                    "equal_saturation": args.equal_saturation, **record, **differences(estimates, own)}
             print(json.dumps(line), flush=True)
     return 0
 
