@@ -176,7 +176,7 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
         return "".join(json.dumps(line) + "\n" for line in new)
 
     (runs / "blur" / "three.jsonl").write_text(log(1077, 10_000, 1.21) + log(1078, 10_000, 1.21) + log(1080, 10_000, 1))
-    (runs / "blur" / "equal.jsonl").write_text(  # enters no mean
+    (runs / "blur" / "three_equal.jsonl").write_text(  # enters no mean
         log(1077, 10_000, 9).replace('"n"', '"equal_saturation": true, "n"'))
     (runs / "blur" / "two.jsonl").write_text(log(1077, 50_000, 2) + log(1078, 50_000, 3))
     (runs / "blur" / "explored.jsonl").write_text(log(1082, 10_000, 5) + log(1081, 50_000, 5))

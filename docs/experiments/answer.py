@@ -457,9 +457,9 @@ def blurs(root: Path) -> str:
               "saturation"]
     return section(
         f"Fréchet distance ({how}) when samples and training images are averaged over squares of pixels, so that all "
-        "lack the same detail. 95 % intervals of the samples; in a row of several seeds, of their mean. Saturation: "
-        "largest minus smallest channel of a pixel, on average, vanilla and Min-SNR; equal: Min-SNR's samples made as "
-        "saturated as vanilla's.", header, found)
+        "lack the same detail. 95 % intervals of the samples; in a row of several seeds, of their mean. Saturation "
+        "(not in older logs): largest minus smallest channel of a pixel, on average, vanilla and Min-SNR, before the "
+        "averaging; equal: Min-SNR's samples were made as saturated as vanilla's first.", header, found)
 
 
 def calls(arms: Arms) -> str:

@@ -7,7 +7,8 @@ enlarged again. Prints a line for each feature network, square and run: distance
 first run. The reference is the first 10,000 training images. Floors are of averaged images too; the ceiling is of noise
 as it is. With `--features lite0 vgg16 pixels` there are also lines for a second network and for none, in case the
 difference is Lite0's own; `pixels` compares means and covariances of pixels that are averaged over squares of 4.
-With `--equal-saturation` the second run's colours are first made as saturated as the first's.
+With `--equal-saturation` the second run's samples are first made as saturated as the first's (nearly: channels are
+clamped to 0 to 255). `saturation` in a line is that of the samples after this, and before the averaging.
 """
 
 import json
@@ -73,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--features", nargs="+", choices=[*FEATURES, *OWN], help="default: those of the run")
-    parser.add_argument("--equal-saturation", action="store_true", help="of the second run's samples and the first's")
+    parser.add_argument("--equal-saturation", action="store_true",
+                        help="make the second run's samples as saturated as the first's")
     parser.add_argument("--step", type=int, help="a milestone; the last checkpoint by default")
     parser.add_argument("--data-root", default=default("data.root"), help="folder of CIFAR-10; default %(default)s")
     parser.add_argument("--stats-root", type=Path, default=Path(default("eval.stats_root")),

@@ -4,8 +4,8 @@
 
 Reads grids/step_STEP_ddpm50.png of all seeds that have it in E1 and E2. Prints a line for each: the saturation of both
 arms, and the change of the activations (VGG16's features, summed; samples averaged over squares of 4 pixels) from
-vanilla's to Min-SNR's, in percent, with half of its 95 % interval (paired over the samples). `equal`: with Min-SNR's
-samples made as saturated as vanilla's.
+vanilla's to Min-SNR's, in percent, with half of its 95 % interval (paired over the samples). `change_equal`: the same
+with Min-SNR's samples made as saturated as vanilla's.
 """
 
 import json
