@@ -168,6 +168,8 @@ def test_table_of_the_blurred_samples(runs, tmp_path, capsys):
     assert ax.lines[0].get_ydata().tolist() == [10, -5]
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["lite0", "vgg16"]
+    assert sorted(line.get_linestyle() for line in ax.lines if len(line.get_xdata()) and line.get_marker() == "s") == [
+        "-", "-", ":"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1 x 1", "2 x 2"]
 
     def log(seed, step, ratio):
