@@ -22,7 +22,8 @@ from blur import VGG16, blurred, saturated, saturation
 from check import EXPS
 from errors import UserError, argument_parser, run_script
 from fid import extract
-from runs import find_runs
+from report import Z
+from runs import find_runs, paired_stderr
 
 
 def read_grid(path: Path, size: int = 32) -> Tensor:
@@ -52,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         line = {"seed": seed, "step": args.step, "n": len(one), "saturation": [saturation(one), saturation(two)]}
         own, equal = activation(one), saturated(two, saturation(one) / saturation(two))
         for name, images in (("change", two), ("change_equal", equal)):
-            difference = 100 * (activation(images) - own) / own.mean()
-            line |= {name: difference.mean().item(), f"{name}_half": 1.96 * difference.std().item() / len(one)**0.5}
+            relative = 100 * activation(images) / own.mean()
+            half = Z * paired_stderr(relative.numpy(), (100 * own / own.mean()).numpy())
+            line |= {name: relative.mean().item() - 100, f"{name}_half": half}
         print(json.dumps(line), flush=True)
     return 0
 
